@@ -1,0 +1,129 @@
+"""``FrostlineCallback``: the engine behind a Lightning ``Callback``.
+
+``on_before_optimizer_step`` comes after the gradients are accumulated and unscaled and before clipping, which is
+where statistics are read; a step is counted when ``trainer.global_step`` has moved.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from frostline.engine import Frostline, Summary, check_cache
+from frostline.errors import ConfigError, FrostlineError, ModelError
+from frostline.events import EventLog
+from frostline.policies.registry import validate
+
+__all__ = ["FrostlineCallback"]
+
+
+class FrostlineCallback(pl.Callback):
+    """Freezes blocks of a ``LightningModule`` while it trains.
+
+    Args:
+        policy: name of a policy (``frostline.policies.available()``); ``none`` does nothing.
+        cache: ``off`` until the storage manager is there.
+        blocks: dotted path of the list of blocks inside the LightningModule, where it is not found by itself.
+        events: an :class:`EventLog` or the path of ``events.jsonl``.
+        options: the policy's own options, e.g. ``percentile=75``.
+
+    Raises:
+        ConfigError: an unknown policy or option, or a value out of range.
+    """
+
+    def __init__(
+        self,
+        policy: str = "gradient-norm",
+        cache: str = "off",
+        *,
+        blocks: str | None = None,
+        events: EventLog | str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        check_cache(cache)
+        validate(policy, options)
+        self.engine: Frostline | None = None
+        self._log = events if isinstance(events, EventLog) else EventLog(events)
+        self._settings = {"policy": policy, "blocks": blocks, **options}
+        self._saved: dict[str, Any] | None = None
+        self._counted = 0
+
+    @property
+    def depth(self) -> int:
+        """Number of leading blocks frozen now."""
+        return self.engine.depth if self.engine is not None else 0
+
+    def summary(self) -> Summary:
+        """What happened in the last ``fit()``."""
+        if self.engine is None:
+            raise FrostlineError("nothing to summarise yet: call trainer.fit() first")
+        return self.engine.summary()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if len(trainer.optimizers) != 1:
+            raise ModelError(f"{len(trainer.optimizers)} optimizers: Frostline freezes for exactly one")
+        total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+        if not math.isfinite(total) or not math.isfinite(batches):
+            raise ConfigError(
+                "the length of the run is unknown: give the Lightning Trainer max_steps or a sized loader"
+            )
+        per_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+        batch, samples = _sizes(trainer, per_epoch)
+        self.engine = Frostline(
+            pl_module,
+            trainer.optimizers[0],
+            steps_per_epoch=per_epoch,
+            epochs=float(total) / per_epoch,
+            batch_size=batch,
+            samples_per_epoch=samples,
+            events=self._log,
+            **self._settings,
+        )
+        self._counted = trainer.global_step
+        if self._saved is not None:
+            self.engine.load_state_dict(self._saved)
+            self._saved = None
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self.engine is not None:
+            self.engine.before_step()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.engine is not None and trainer.global_step > self._counted:
+            self._counted = trainer.global_step
+            self.engine.after_step()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.engine is not None:
+            self.engine.finish()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self.engine is not None:
+            self.engine.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Goes into Lightning's checkpoint: tensors and JSON values."""
+        return self.engine.state_dict() if self.engine is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until the optimizer exists; applied before the first forward."""
+        self._saved = state_dict or None
+
+
+def _sizes(trainer: pl.Trainer, per_epoch: int) -> tuple[int, int]:
+    """Samples per optimizer step over all ranks, and per epoch; 1 a step where the loader does not say."""
+    loader: Any = trainer.train_dataloader
+    size = getattr(loader, "batch_size", None)
+    if size is None:
+        return 1, per_epoch
+    step = int(size) * trainer.accumulate_grad_batches * trainer.world_size
+    try:
+        return step, min(len(loader.dataset), per_epoch * step)
+    except (TypeError, AttributeError):
+        return step, per_epoch * step

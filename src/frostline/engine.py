@@ -1,0 +1,395 @@
+"""``Frostline``: observe -> decide -> apply, and the whole state for resume.
+
+The engine knows optimizer steps and samples, not hosts: the adapters call :meth:`Frostline.before_step` when the
+accumulated gradient is there and not yet clipped, and :meth:`Frostline.after_step` when the step is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from frostline.blocks import BlockStack
+from frostline.errors import ConfigError, ModelError, ResumeError
+from frostline.events import EventLog, environment
+from frostline.freezer import Freezer
+from frostline.policies.base import Decision, Explained, Observation, Plan
+from frostline.policies.registry import create, validate
+from frostline.state import load_state, save_state
+from frostline.statistics import GradientSum
+
+__all__ = ["Frostline", "Summary", "check_cache"]
+
+logger = logging.getLogger("frostline")
+
+# torch.compile falls back to eager after 8 recompiles of one function (torch._dynamo.config.recompile_limit);
+# shapes that turn dynamic take some of them.
+COMPILED_DEPTH_CHANGES = 6
+
+
+def check_cache(mode: str) -> None:
+    """Until the storage manager is there, only ``off`` is a valid cache mode."""
+    if mode != "off":
+        raise ConfigError(f"cache={mode!r}: the storage manager is not part of this version yet. Valid choices: off")
+
+
+class Summary(dict[str, Any]):
+    """The summary of a run: a dictionary that prints as a few readable lines."""
+
+    def __str__(self) -> str:
+        moves = " -> ".join(f"{m['depth']} (step {m['step']})" for m in self["trajectory"]) or "none"
+        lines = [
+            f"policy {self['policy']['name']} {self['policy']['options'] or ''}".rstrip(),
+            f"frost line at {self['final_depth']} of {self['blocks']} blocks after {self['steps']} steps: {moves}",
+            f"{self['decisions']} decisions, {self['seconds']['statistics']:.2f} s statistics, "
+            f"{self['seconds']['decide']:.2f} s deciding",
+            *(f"limit: {message}" for message in self["limits"]),
+        ]
+        return "\n".join(lines)
+
+
+class Frostline:
+    """Freezes blocks of ``model`` while it trains.
+
+    Args:
+        model: any module; wrappers (DDP, ``torch.compile``) are looked through.
+        optimizer: built with all parameters; frozen ones stay in their groups.
+        policy: name of a policy (``frostline.policies.available()``).
+        cache: ``off``.
+        steps_per_epoch: optimizer steps in an epoch.
+        epochs: epochs in the run (may be fractional).
+        batch_size: samples per optimizer step over all ranks and micro-batches. With the default of 1, "samples"
+            in the log count optimizer steps.
+        samples_per_epoch: where the last batch of an epoch is smaller.
+        blocks: dotted path of the list of blocks, where it is not found by itself.
+        events: an :class:`EventLog` or the path of one; kept in memory if not given.
+        scaler: the gradient scaler, if there is one (``before_step`` must come before ``unscale_``).
+        max_depth_changes: bound on moves of the frost line. Default: none, but 6 for a compiled model.
+        options: the policy's own options.
+
+    Raises:
+        ConfigError: an unknown policy or option, a value out of range.
+        ModelError: a model that cannot be frozen by depth, or is wrapped in a way that cannot be.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        policy: str = "gradient-norm",
+        cache: str = "off",
+        steps_per_epoch: int,
+        epochs: float,
+        batch_size: int = 1,
+        samples_per_epoch: int | None = None,
+        blocks: str | None = None,
+        events: EventLog | str | Path | None = None,
+        scaler: Any = None,
+        max_depth_changes: int | None = None,
+        **options: Any,
+    ) -> None:
+        check_cache(cache)
+        checked = validate(policy, options)
+        for name, value in (("steps_per_epoch", steps_per_epoch), ("epochs", epochs), ("batch_size", batch_size)):
+            if not value > 0:
+                raise ConfigError(f"{name}={value!r}: must be greater than 0")
+        self.log = events if isinstance(events, EventLog) else EventLog(events)
+        self.policy_name, self.policy_options = policy, checked.model_dump()
+        self.scaler = scaler
+        self.step = self.samples = self.evaluations = 0
+        self.limits: list[str] = []
+        self.trajectory: list[dict[str, int]] = []
+        self.seconds = {"statistics": 0.0, "decide": 0.0}
+        self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
+        self._samples_per_epoch = min(samples_per_epoch or steps_per_epoch * batch_size, steps_per_epoch * batch_size)
+        self._model_class = type(model).__name__
+        self._active = policy != "none"
+        self._statistics: GradientSum | None = None
+        self._final_depth = self._changes = 0
+        if not self._active:
+            return
+        _refuse_wrapper(model)
+        compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+        self._max_changes = COMPILED_DEPTH_CHANGES if max_depth_changes is None and compiled else max_depth_changes
+        self.stack = BlockStack.find(model, blocks)
+        self._model_class = type(self.stack.model).__name__
+        self._blocks_path = blocks
+        self.plan = Plan(
+            block_paths=tuple(self.stack.block_paths),
+            stem_paths=self.stack.paths_of("stem"),
+            head_paths=self.stack.paths_of("head"),
+            samples_per_step=batch_size,
+            samples_per_epoch=self._samples_per_epoch,
+            epochs=epochs,
+        )
+        self.policy = create(policy, options, self.plan)
+        self._cadence = self.policy.cadence()
+        self.freezer = Freezer(self.stack, optimizer)
+        self._log_run()
+        if compiled and self.stack.noisy_parents:
+            self.stack.noisy_parents = False
+            self.limit(
+                "compiled-noise",
+                "compiled model: code outside the blocks (SpecAugment, LayerDrop, shared "
+                "dropout) stays random below the frost line",
+            )
+        for message in self.stack.limits:
+            self.limit("model", message)
+        self._measure()
+        self._first_forward: torch.utils.hooks.RemovableHandle | None = None
+        if not self.stack.traced:
+            self._first_forward = self.stack.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True)
+        self._apply(self.policy.start())
+
+    # -- what adapters and users call ---------------------------------------------------------------
+
+    @property
+    def depth(self) -> int:
+        """Number of leading blocks frozen now."""
+        return self.freezer.depth if self._active else 0
+
+    def before_step(self) -> None:
+        """Read the accumulated gradient: call before clipping and before ``optimizer.step()``."""
+        if self._statistics is None:
+            return
+        start = time.perf_counter()
+        scaled = self.scaler is not None and self.scaler.is_enabled()
+        self._statistics.update(1.0 / self.scaler.get_scale() if scaled else 1.0, check=scaled)
+        self.seconds["statistics"] += time.perf_counter() - start
+
+    def after_step(self) -> None:
+        """Count the step and, where an interval ends, decide: call after ``optimizer.step()``."""
+        if not self._active:
+            self._count()
+            return
+        self._count()
+        if self._cadence is None:
+            return
+        position = self.samples if self._cadence.unit == "samples" else self.step
+        if position + 1e-6 >= (self.evaluations + 1) * self._cadence.every:
+            start = time.perf_counter()
+            self._decide()
+            self.seconds["decide"] += time.perf_counter() - start
+
+    def limit(self, code: str, message: str) -> None:
+        """Log what cannot be done for this model, once (law 8)."""
+        if message not in self.limits:
+            self.limits.append(message)
+            logger.warning("%s", message)
+            self.log.append("limit", step=self.step, samples=self.samples, code=code, message=message)
+
+    def finish(self) -> None:
+        """Thaw the model and take away everything that was installed."""
+        if self._active:
+            self._final_depth = self.depth
+            if self._first_forward is not None:
+                self._first_forward.remove()
+            self.freezer.release()
+            self._active, self._statistics = False, None
+
+    def summary(self) -> Summary:
+        """What happened so far; ``print`` it, or read it as a dictionary."""
+        stack = getattr(self, "stack", None)
+        return Summary(
+            policy={"name": self.policy_name, "options": self.policy_options},
+            model=self._model_class,
+            stack=stack.path if stack else None,
+            blocks=len(stack) if stack else 0,
+            final_depth=self.depth if self._active else self._final_depth,
+            trajectory=list(self.trajectory),
+            decisions=self.evaluations,
+            steps=self.step,
+            samples=self.samples,
+            seconds=dict(self.seconds),
+            limits=list(self.limits),
+        )
+
+    # -- state --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything resume needs: JSON values under ``state``, tensors under ``tensors``."""
+        state: dict[str, Any] = {
+            "policy": self.policy_name,
+            "options": self.policy_options,
+            "step": self.step,
+            "samples": self.samples,
+            "evaluations": self.evaluations,
+            "trajectory": self.trajectory,
+            "changes": self._changes,
+            "seconds": self.seconds,
+            "limits": self.limits,
+            "events_offset": self.log.offset(),
+        }
+        tensors: dict[str, torch.Tensor] = {}
+        if self._active:
+            decision = self.freezer.decision
+            state["model"] = self._fingerprint()
+            state["decision"] = {"depth": decision.depth, "resting": sorted(decision.resting)}
+            state["policy_state"] = self.policy.state_dict()
+            if self._statistics is not None:
+                state["interval_steps"] = self._statistics.steps
+                tensors = self._statistics.tensors()
+        return {"state": state, "tensors": tensors}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`: the frozen set is applied at once.
+
+        Raises:
+            ResumeError: the state belongs to another model or another policy.
+        """
+        state, tensors = saved["state"], saved["tensors"]
+        if (state["policy"], state["options"]) != (self.policy_name, self.policy_options):
+            raise ResumeError(
+                f"the checkpoint was made with policy {state['policy']} {state['options']}, this run has "
+                f"{self.policy_name} {self.policy_options}: resume with the same, or start anew"
+            )
+        if self._active and state["model"] != self._fingerprint():
+            raise ResumeError(
+                f"the checkpoint belongs to another model: {state['model']}, this one is {self._fingerprint()}"
+            )
+        self.step, self.samples, self.evaluations = state["step"], state["samples"], state["evaluations"]
+        self.trajectory, self._changes = list(state["trajectory"]), state["changes"]
+        self.seconds, self.limits = dict(state["seconds"]), list(state["limits"])
+        self.log.rewind(state["events_offset"])
+        if self._active:
+            self.policy.load_state_dict(state["policy_state"])
+            depth, resting = state["decision"]["depth"], state["decision"]["resting"]
+            self.freezer.apply(Decision(depth, frozenset(resting)))
+            if self._statistics is not None:
+                self._statistics.load(tensors, state["interval_steps"], range(depth, len(self.stack)))
+
+    def save(self, directory: str | Path, **extra: Any) -> None:
+        """Write the state into a checkpoint directory (JSON + safetensors); ``extra`` JSON values go along."""
+        saved = self.state_dict()
+        save_state(directory, {**saved["state"], **extra}, saved["tensors"])
+
+    def load(self, directory: str | Path) -> dict[str, Any]:
+        """Continue from :meth:`save`; returns the JSON values.
+
+        Raises:
+            ResumeError: nothing there, torn, or of another model or policy.
+        """
+        state, tensors = load_state(directory)
+        self.load_state_dict({"state": state, "tensors": tensors})
+        self.log.append("resume", step=self.step, samples=self.samples, path=str(directory))
+        return state
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _count(self) -> None:
+        last = (self.step + 1) % self._steps_per_epoch == 0
+        whole = (self._steps_per_epoch - 1) * self._batch_size
+        self.step += 1
+        self.samples += self._samples_per_epoch - whole if last else self._batch_size
+
+    def _decide(self) -> None:
+        self.evaluations += 1
+        statistics = self._statistics
+        seen = Observation(
+            step=self.step,
+            samples=self.samples,
+            progress=self.samples / self.plan.total_samples,
+            depth=self.depth,
+            blocks=len(self.stack),
+            scores=statistics.norms() if statistics is not None else None,
+            interval_steps=statistics.steps if statistics is not None else 0,
+        )
+        decision, why = self.policy.decide(seen)
+        self._apply(decision, seen, why)
+
+    def _apply(self, decision: Decision, seen: Observation | None = None, why: Explained | None = None) -> None:
+        before, applied = self.depth, True
+        if decision.depth != before:
+            if self._max_changes is not None and self._changes >= self._max_changes:
+                applied = False
+                self.limit(
+                    "depth-changes",
+                    f"the frost line has moved {self._changes} times, the most that "
+                    "max_depth_changes allows (each move recompiles the model once): it stays where it is",
+                )
+                decision = Decision(before, decision.resting)
+            else:
+                self._changes += 1
+        self.freezer.apply(decision)
+        if decision.depth != before:
+            self.trajectory.append({"step": self.step, "samples": self.samples, "depth": decision.depth})
+        if self._statistics is not None:
+            self._statistics.reset(range(decision.depth, len(self.stack)))
+        if seen is not None and why is not None:
+            self.log.append(
+                "decision",
+                step=self.step,
+                samples=self.samples,
+                evaluation=self.evaluations,
+                observation=seen.numbers(),
+                explanation=why.numbers(),
+                depth_before=before,
+                depth=decision.depth,
+                resting=sorted(decision.resting),
+                applied=applied,
+            )
+
+    def _measure(self) -> None:
+        """Prepare the statistics that the policy needs."""
+        if "gradient_sum" in self.policy.needs:
+            groups = {
+                i: {n: p for n, p in self.stack.parameters_of(i).items() if p.requires_grad}
+                for i in range(len(self.stack))
+            }
+            self._statistics = GradientSum(groups)
+
+    def _see_inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """First training batch of a model whose inputs could not be made up: look again, now with real ones."""
+        if not model.training or not torch.is_grad_enabled() or self._first_forward is None:
+            return
+        self._first_forward.remove()
+        decision, optimizer = self.freezer.decision, self.freezer.optimizer
+        self.freezer.release()
+        self.stack = BlockStack.find(model, self._blocks_path, (args, kwargs))
+        self.freezer = Freezer(self.stack, optimizer)
+        self._measure()
+        self.freezer.apply(decision)
+        if self._statistics is not None:
+            self._statistics.reset(range(decision.depth, len(self.stack)))
+        for message in self.stack.limits:
+            self.limit("model", message)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """Class, number of blocks and a hash of all parameter names and shapes."""
+        named = sorted((n, tuple(p.shape)) for n, p in self.stack.model.named_parameters())
+        digest = hashlib.sha256(repr(named).encode()).hexdigest()[:16]
+        return {"class": self._model_class, "blocks": len(self.stack), "parameters": digest}
+
+    def _log_run(self) -> None:
+        self.log.append(
+            "run",
+            step=0,
+            samples=0,
+            policy={"name": self.policy_name, "options": self.policy_options},
+            model=self._model_class,
+            stack=self.stack.path,
+            blocks=len(self.stack),
+            plan=self.plan.numbers(),
+            environment=environment(),
+        )
+
+
+def _refuse_wrapper(model: nn.Module) -> None:
+    if isinstance(model, nn.DataParallel):
+        raise ModelError(
+            "nn.DataParallel copies the model at every step, so nothing in it can be frozen; start one process per "
+            "GPU instead: torchrun --nproc-per-node=<GPUs> <your script>"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel) and not model.find_unused_parameters:
+        raise ModelError(
+            "this DistributedDataParallel wrapper expects a gradient of every parameter at every step; build it with "
+            "find_unused_parameters=True (Trainer: ddp_find_unused_parameters=True) to freeze while it trains"
+        )

@@ -1,0 +1,213 @@
+"""The one place that changes ``requires_grad``, ``.grad``, train/eval mode and optimizer state.
+
+What works (measured; reference in ``docs/architecture.md``): frozen parameters stay in their optimizer groups,
+``requires_grad`` False, ``.grad`` None. A zero gradient would still move them by momentum and weight decay;
+taking them out of the groups breaks ``state_dict`` and the schedulers.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from frostline.blocks import BlockStack
+from frostline.errors import ConfigError, choices_message
+from frostline.policies.base import Decision
+from frostline.trace import first_tensor
+
+__all__ = ["Applied", "Freezer"]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What one call of :meth:`Freezer.apply` changed: parameter counts."""
+
+    frozen: int
+    thawed: int
+    trainable: int
+
+
+class Freezer:
+    """Applies decisions to a model and its optimizer. Freezing and thawing are idempotent.
+
+    Args:
+        stack: where the model can be cut.
+        optimizer: whose state of prefix parameters is dropped (``None``: there is none yet).
+    """
+
+    def __init__(self, stack: BlockStack, optimizer: torch.optim.Optimizer | None = None) -> None:
+        self.stack = stack
+        self.optimizer = optimizer
+        self.decision = Decision()
+        # Only ever lower requires_grad: what was born frozen (a LoRA base, fixed positions) stays so.
+        self._trainable = {n for n, p in stack.model.named_parameters() if p.requires_grad}
+        self._pinned: list[nn.Module] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._switched: list[nn.Module] = []
+
+    @property
+    def depth(self) -> int:
+        return self.decision.depth
+
+    def apply(self, decision: Decision) -> Applied:
+        """Make the model what ``decision`` says.
+
+        Raises:
+            ConfigError: a depth outside ``0..N-1``, a resting name that is no module, or nothing left to train.
+        """
+        self._check(decision)
+        prefix = self.stack.prefix_parameters(decision.depth)
+        resting = self._resting_parameters(decision.resting)
+        quiet = set(prefix) | resting
+        if not self._trainable - quiet:
+            raise ConfigError(
+                f"depth {decision.depth} with {len(decision.resting)} resting modules freezes every trainable "
+                "parameter: nothing would be left to train"
+            )
+        frozen = thawed = 0
+        for name, parameter in self.stack.model.named_parameters():
+            wanted = name in self._trainable and name not in quiet
+            frozen += parameter.requires_grad and not wanted
+            thawed += wanted and not parameter.requires_grad
+            parameter.requires_grad_(wanted)
+            if not wanted:
+                parameter.grad = None
+            if name in prefix:
+                # Thawing starts with fresh moments; resting layers, above the line, keep theirs.
+                self._drop_state(parameter)
+        if decision.depth != self.depth or not self._handles:
+            self._set_line(decision.depth)
+        self.decision = decision
+        return Applied(frozen, thawed, sum(p.requires_grad for p in self.stack.model.parameters()))
+
+    def release(self) -> None:
+        """Thaw everything and take away every hook and pin: the model is an ordinary one again."""
+        for name, parameter in self.stack.model.named_parameters():
+            parameter.requires_grad_(name in self._trainable)
+        self._set_line(0)
+        self.decision = Decision()
+
+    def frozen_names(self) -> list[str]:
+        """Names of the parameters that the present decision keeps from training."""
+        return [n for n, p in self.stack.model.named_parameters() if n in self._trainable and not p.requires_grad]
+
+    # -- checks ---------------------------------------------------------------------------------
+
+    def _check(self, decision: Decision) -> None:
+        blocks = len(self.stack)
+        if not 0 <= decision.depth < blocks:
+            raise ConfigError(
+                f"depth {decision.depth} is outside 0..{blocks - 1}: of {blocks} blocks at least one stays active"
+            )
+
+    def _resting_parameters(self, resting: Iterable[str]) -> set[str]:
+        modules = dict(self.stack.model.named_modules())
+        inside: set[int] = set()
+        for path in resting:
+            if path not in modules:
+                raise ConfigError(choices_message("resting module", path, modules))
+            inside.update(id(p) for p in modules[path].parameters())
+        return {n for n, p in self.stack.model.named_parameters() if id(p) in inside}
+
+    def _drop_state(self, parameter: nn.Parameter) -> None:
+        if self.optimizer is not None:
+            self.optimizer.state.pop(parameter, None)
+
+    # -- the frost line -------------------------------------------------------------------------
+
+    def _set_line(self, depth: int) -> None:
+        """Move eval mode and the boundary to ``depth``; at 0 nothing is installed."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module in self._pinned:
+            _unpin(module, self.stack.model.training)
+        self._pinned = self.stack.prefix_modules(depth)
+        for module in self._pinned:
+            _pin(module)
+        if depth == 0:
+            return
+        blocks = self.stack.blocks
+        boundary = blocks[depth]
+        reentrant = _is_reentrant(boundary)
+        # Parents may hand in a hidden state that requires gradients (input-require-grads for checkpointing,
+        # an adapter on the embedding): cut it at block 0, so that the prefix builds no graph, and at the line.
+        self._handles.append(blocks[0].register_forward_pre_hook(_cut, with_kwargs=True))
+        self._handles.append(
+            boundary.register_forward_pre_hook(_cut_reentrant if reentrant else _cut, with_kwargs=True)
+        )
+        if self.stack.noisy_parents:
+            self._install_switch(boundary)
+
+    def _install_switch(self, boundary: nn.Module) -> None:
+        """Run the whole model in eval mode until the boundary: code between the blocks is random too."""
+        model = self.stack.model
+        self._handles.append(model.register_forward_pre_hook(self._switch_off))
+        self._handles.append(boundary.register_forward_pre_hook(self._switch_on, prepend=True))
+        self._handles.append(model.register_forward_hook(self._switch_on, always_call=True))
+
+    def _switch_off(self, model: nn.Module, _: Any) -> None:
+        self._switched = [m for m in model.modules() if m.training]
+        for module in self._switched:
+            module.training = False
+
+    def _switch_on(self, *_: Any) -> None:
+        for module in self._switched:
+            module.training = True
+        self._switched = []
+
+
+def _pin(module: nn.Module) -> None:
+    """Put ``module`` in eval mode and keep it there, whoever calls ``model.train()``.
+
+    The instance's ``train`` is replaced by a bound function, not a closure, so that ``copy.deepcopy`` of the
+    model binds the copy; a flag rather than a hook, so that ``torch.compile`` sees a constant.
+    """
+    module.eval()
+    module.train = types.MethodType(_stay_in_eval, module)  # type: ignore[method-assign]
+
+
+def _unpin(module: nn.Module, mode: bool) -> None:
+    module.__dict__.pop("train", None)
+    module.train(mode)
+
+
+def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
+    return nn.Module.train(module, False)
+
+
+def _is_reentrant(block: nn.Module) -> bool:
+    """Whether ``block`` is checkpointed the reentrant way, which needs an input that requires gradients."""
+    if not getattr(block, "gradient_checkpointing", False):
+        return False
+    function = getattr(block, "_gradient_checkpointing_func", None)
+    return bool(getattr(function, "keywords", {}).get("use_reentrant", False))
+
+
+def _cut(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Detach the hidden state that enters a block."""
+    hidden = first_tensor(args, kwargs)
+    if hidden is None or not hidden.requires_grad:
+        return None
+    return _replace(args, kwargs, hidden, hidden.detach())
+
+
+def _cut_reentrant(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The same, and ask for its gradient: reentrant checkpointing gives a block's weights none without."""
+    hidden = first_tensor(args, kwargs)
+    if hidden is None or not torch.is_grad_enabled():
+        return None
+    return _replace(args, kwargs, hidden, hidden.detach().requires_grad_(True))
+
+
+def _replace(
+    args: tuple[Any, ...], kwargs: dict[str, Any], old: torch.Tensor, new: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return tuple(new if a is old else a for a in args), {k: new if v is old else v for k, v in kwargs.items()}

@@ -1,0 +1,161 @@
+"""What a policy is: numbers in, decision out.
+
+A policy touches no module. It says how often it wants to be asked (:meth:`Policy.cadence`), what it
+needs measured (:attr:`Policy.needs`), takes an :class:`Observation` and returns a :class:`Decision`.
+Because both are plain numbers, a recorded run can be replayed through any policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+__all__ = ["Cadence", "Decision", "Explained", "Observation", "Plan", "Policy", "PolicyOptions"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """All that any policy can say.
+
+    ``depth`` is the number of leading blocks frozen, ``0..N-1``; the stem freezes with block 0.
+    ``resting`` names modules above the frost line (dotted paths in the model) that do not train for
+    now; gradients pass through them.
+    """
+
+    depth: int = 0
+    resting: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of the run before it starts.
+
+    ``block_paths`` are the dotted paths of the blocks, ``stem_paths`` and ``head_paths`` those of the
+    modules outside them that own parameters. ``samples_per_step`` counts all ranks and micro-batches.
+    """
+
+    block_paths: tuple[str, ...]
+    stem_paths: tuple[str, ...]
+    head_paths: tuple[str, ...]
+    samples_per_step: int
+    samples_per_epoch: int
+    epochs: float
+
+    @property
+    def blocks(self) -> int:
+        return len(self.block_paths)
+
+    @property
+    def total_samples(self) -> float:
+        return self.samples_per_epoch * self.epochs
+
+    def numbers(self) -> dict[str, Any]:
+        """The JSON form that goes into the event log."""
+        return asdict(self)
+
+    @classmethod
+    def from_numbers(cls, numbers: Mapping[str, Any]) -> Plan:
+        values: dict[str, Any] = {k: tuple(v) if k.endswith("_paths") else v for k, v in numbers.items()}
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The numbers a policy sees at one evaluation.
+
+    ``scores`` is the statistic that the policy asked for, per active block (``gradient_sum``: the L1
+    norm of the vector sum of that block's gradients over the interval); ``None`` where it asked for none.
+    ``interval_steps`` is the number of optimizer steps that the statistic covers.
+    """
+
+    step: int
+    samples: int
+    progress: float
+    depth: int
+    blocks: int
+    scores: Mapping[int, float] | None = None
+    interval_steps: int = 0
+
+    def numbers(self) -> dict[str, Any]:
+        out = asdict(self)
+        if self.scores is not None:
+            out["scores"] = {str(k): float(v) for k, v in self.scores.items()}
+        return out
+
+    @classmethod
+    def from_numbers(cls, numbers: Mapping[str, Any]) -> Observation:
+        values = dict(numbers)
+        if values.get("scores") is not None:
+            values["scores"] = {int(k): float(v) for k, v in values["scores"].items()}
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """Ask the policy every ``every`` samples (or optimizer steps), at the first step that reaches it."""
+
+    every: float
+    unit: Literal["samples", "steps"] = "samples"
+
+
+class PolicyOptions(BaseModel):
+    """Options of a policy: unknown names and values out of range are errors that list the valid ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+OptionsT = TypeVar("OptionsT", bound=PolicyOptions)
+
+
+@dataclass
+class Explained:
+    """The numbers behind a decision, for the event log and the report."""
+
+    reason: str
+    changes: dict[int, float] = field(default_factory=dict)
+    threshold: float | None = None
+
+    def numbers(self) -> dict[str, Any]:
+        return {
+            "reason": self.reason,
+            "changes": {str(k): float(v) for k, v in self.changes.items()},
+            "threshold": self.threshold,
+        }
+
+
+class Policy(Generic[OptionsT]):
+    """Base of all policies. A subclass sets ``name``, ``summary`` and ``Options`` and writes :meth:`decide`.
+
+    ``needs`` names the statistics to measure: ``gradient_sum`` is the only one so far.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    Options: ClassVar[type[PolicyOptions]] = PolicyOptions
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, options: OptionsT, plan: Plan) -> None:
+        self.options = options
+        self.plan = plan
+
+    def cadence(self) -> Cadence | None:
+        """How often :meth:`decide` is asked; ``None``: only :meth:`start` is."""
+        return None
+
+    def start(self) -> Decision:
+        """The decision that holds from the first step."""
+        return Decision()
+
+    def decide(self, seen: Observation) -> tuple[Decision, Explained]:
+        """Take the numbers of one interval and say what to freeze, and why."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values only."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""

@@ -1,0 +1,73 @@
+"""Finding a policy by name: the shipped ones, registered ones and those of installed packages.
+
+A third party adds a policy with ``register(MyPolicy)`` or, without any import by the user, with an entry
+point in the group ``frostline.policies`` that names the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from pydantic import ValidationError
+
+from frostline.errors import ConfigError, choices_message
+from frostline.policies.base import Plan, Policy, PolicyOptions
+from frostline.policies.gradient_norm import GradientNorm
+from frostline.policies.none import NoFreezing
+from frostline.policies.ramp import Ramp
+from frostline.policies.random_blocks import RandomBlocks
+from frostline.policies.static import Static
+
+__all__ = ["ENTRY_POINT_GROUP", "available", "create", "register", "validate"]
+
+ENTRY_POINT_GROUP = "frostline.policies"
+
+_REGISTERED: dict[str, type[Policy[Any]]] = {
+    policy.name: policy for policy in (NoFreezing, Static, Ramp, RandomBlocks, GradientNorm)
+}
+
+
+def register(policy: type[Policy[Any]]) -> type[Policy[Any]]:
+    """Add a policy under its ``name``; usable as a decorator. A name that is taken is an error."""
+    taken = _REGISTERED.get(policy.name)
+    if taken is not None and taken is not policy:
+        raise ConfigError(f"policy name {policy.name!r} is taken by {taken.__module__}.{taken.__qualname__}")
+    _REGISTERED[policy.name] = policy
+    return policy
+
+
+def available() -> dict[str, type[Policy[Any]]]:
+    """Every policy by name, those of installed packages included."""
+    found = dict(_REGISTERED)
+    for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
+        if entry.name not in found:
+            found[entry.name] = entry.load()
+    return found
+
+
+def validate(name: str, options: Mapping[str, Any]) -> PolicyOptions:
+    """Check a policy's options; every fault is named in one :class:`ConfigError`."""
+    policies = available()
+    if name not in policies:
+        raise ConfigError(choices_message("policy", str(name), policies))
+    cls = policies[name].Options
+    try:
+        return cls(**options)
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors():
+            where = ".".join(str(part) for part in fault["loc"])
+            if fault["type"] == "extra_forbidden":
+                faults.append(choices_message(f"option of policy {name!r}", where, cls.model_fields))
+            else:
+                label = f"{where}={fault['input']!r}: " if where else ""
+                faults.append(f"policy {name!r}, {label}{fault['msg'].removeprefix('Value error, ')}")
+        raise ConfigError("; ".join(faults)) from None
+
+
+def create(name: str, options: Mapping[str, Any], plan: Plan) -> Policy[Any]:
+    """Build a policy for a run; unknown names and bad options are :class:`ConfigError`."""
+    checked = validate(name, options)
+    return available()[name](checked, plan)

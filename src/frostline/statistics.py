@@ -1,0 +1,104 @@
+"""What is measured while training: incremental, cheap, serialisable.
+
+Statistics are read once per optimizer step from the accumulated, reduced, unscaled, unclipped gradient:
+gradients are linear, so the sum over micro-batches is in ``.grad`` already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from frostline.errors import ResumeError
+
+__all__ = ["GradientSum"]
+
+
+class GradientSum:
+    """The vector sum of each block's gradients over an interval (AutoFreeze, Algorithm 1: D(T, l)).
+
+    It costs one gradient copy of the active blocks in memory (4 bytes a parameter in fp32) and one fused
+    multi-tensor addition a step. Gradients of less than 32 bits are summed in fp32.
+
+    Args:
+        blocks: block index -> its parameters by name, trainable ones only.
+    """
+
+    def __init__(self, blocks: Mapping[int, Mapping[str, nn.Parameter]]) -> None:
+        self._blocks = {block: dict(parameters) for block, parameters in blocks.items()}
+        self._sums: dict[str, torch.Tensor] = {}
+        self.steps = 0
+
+    def update(self, scale: float = 1.0, *, check: bool = False) -> bool:
+        """Add the present gradients times ``scale``.
+
+        Args:
+            scale: 1 / loss scale under a gradient scaler.
+            check: leave out a step whose gradients are not finite (the scaler will skip it). Returns False then.
+        """
+        sums, gradients = [], []
+        for parameters in self._blocks.values():
+            for name, parameter in parameters.items():
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                if gradient.is_sparse:
+                    gradient = gradient.to_dense()
+                if name not in self._sums:
+                    dtype = torch.promote_types(gradient.dtype, torch.float32)
+                    self._sums[name] = torch.zeros_like(gradient, dtype=dtype)
+                sums.append(self._sums[name])
+                gradients.append(gradient.detach())
+        if not gradients:
+            return False
+        if check and not all(torch.isfinite(norm) for norm in torch._foreach_norm(gradients)):
+            return False
+        torch._foreach_add_(sums, gradients, alpha=scale)
+        self.steps += 1
+        return True
+
+    def norms(self) -> dict[int, float]:
+        """L1 norm of the sum, per block. A block without any gradient so far has norm 0."""
+        found: dict[int, float] = {}
+        for block, parameters in self._blocks.items():
+            present = [self._sums[name] for name in parameters if name in self._sums]
+            norms = torch._foreach_norm(present, 1) if present else ()
+            found[block] = float(sum(float(norm) for norm in norms))
+        return found
+
+    def reset(self, active: Iterable[int]) -> None:
+        """Start a new interval for the ``active`` blocks; the memory of the others is given back."""
+        keep = set(active)
+        self._blocks = {block: parameters for block, parameters in self._blocks.items() if block in keep}
+        names = {name for parameters in self._blocks.values() for name in parameters}
+        self._sums = {name: value for name, value in self._sums.items() if name in names}
+        if self._sums:
+            torch._foreach_zero_(list(self._sums.values()))
+        self.steps = 0
+
+    def bytes(self) -> int:
+        """Memory of the sums."""
+        return sum(value.numel() * value.element_size() for value in self._sums.values())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The sums, for a checkpoint."""
+        return dict(self._sums)
+
+    def load(self, tensors: Mapping[str, torch.Tensor], steps: int, active: Sequence[int]) -> None:
+        """Restore what :meth:`tensors` gave, on the device of each parameter."""
+        self.reset(active)
+        parameters = {name: p for group in self._blocks.values() for name, p in group.items()}
+        unknown = sorted(set(tensors) - set(parameters))
+        if unknown:
+            raise ResumeError(
+                f"the checkpoint has gradient sums of parameters this model lacks: {', '.join(unknown[:3])}"
+            )
+        for name, value in tensors.items():
+            if value.shape != parameters[name].shape:
+                raise ResumeError(
+                    f"gradient sum of {name}: shape {tuple(value.shape)}, model {tuple(parameters[name].shape)}"
+                )
+        self._sums = {name: value.to(parameters[name].device, copy=True) for name, value in tensors.items()}
+        self.steps = steps
