@@ -1,0 +1,1 @@
+"""Tasks: the data they read, how it is prepared for a model, and what is measured."""
