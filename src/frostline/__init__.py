@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
+import importlib
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from frostline.blocks import BlockStack
-from frostline.engine import Frostline, Summary
 from frostline.errors import ConfigError, DataError, FrostlineError, ModelError, ResumeError
-from frostline.events import EventLog
-from frostline.policies import Decision, Policy, register
 
 if TYPE_CHECKING:
     from frostline.adapters.huggingface import attach
     from frostline.adapters.lightning import FrostlineCallback
+    from frostline.blocks import BlockStack
+    from frostline.engine import Frostline, Summary
+    from frostline.events import EventLog
+    from frostline.policies import Decision, Policy, register
 
 __all__ = [
     "BlockStack",
@@ -40,13 +41,21 @@ try:
 except metadata.PackageNotFoundError:  # run from a source tree
     __version__ = "0+source"
 
-# Adapters import their host framework, which is an extra: only when asked for.
-_LAZY = {"attach": "frostline.adapters.huggingface", "FrostlineCallback": "frostline.adapters.lightning"}
+# On first use: torch costs seconds to import, and the adapters' hosts are extras.
+_LAZY = {
+    "BlockStack": "frostline.blocks",
+    "Decision": "frostline.policies",
+    "EventLog": "frostline.events",
+    "Frostline": "frostline.engine",
+    "FrostlineCallback": "frostline.adapters.lightning",
+    "Policy": "frostline.policies",
+    "Summary": "frostline.engine",
+    "attach": "frostline.adapters.huggingface",
+    "register": "frostline.policies",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        import importlib
-
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'frostline' has no attribute {name!r}")

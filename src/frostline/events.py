@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["EventLog", "environment", "read_events"]
+__all__ = ["EventLog", "environment", "json_safe", "read_events"]
 
 
-def _finite(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
     """JSON has no NaN or infinity: write them as strings, so that every reader can load the line."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): json_safe(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [json_safe(v) for v in value]
     return value
 
 
@@ -43,7 +43,7 @@ class EventLog:
 
     def append(self, event: str, *, step: int, samples: int, **fields: Any) -> dict[str, Any]:
         """Write one event and return it."""
-        record = {"event": event, "time": time.time(), "step": step, "samples": samples, **_finite(fields)}
+        record = {"event": event, "time": time.time(), "step": step, "samples": samples, **json_safe(fields)}
         if self.path is None:
             self.events.append(record)
         else:

@@ -1,0 +1,84 @@
+"""``frostline run``: fine-tune as a recipe says."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["process_start", "register"]
+
+_EPILOG = """Examples:
+
+`frostline run trec-demo` runs a shipped recipe; `frostline run mine.yaml` one of yours.
+
+`frostline run trec freeze.percentile=75 seed=1 baseline=full` overrides settings, and runs plain fine-tuning too.
+
+`frostline run trec freeze.policy=static freeze.depth=3` takes another policy.
+
+`frostline run trec resume=true` goes on after a stop; `overwrite=true` starts again.
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+
+    @app.command(epilog=_EPILOG)
+    def run(
+        recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name or a YAML file.")],
+        overrides: Annotated[
+            list[str] | None,
+            typer.Argument(metavar="key=value", help="Settings over the recipe's, as dotted YAML."),
+        ] = None,
+    ) -> None:
+        """Fine-tune as RECIPE says, and leave model, events and summary in its output directory.
+
+        The output directory is `runs/NAME-seedN` unless `output_dir` says otherwise. Policies: gradient-norm
+        (AutoFreeze), static, ramp, random-blocks (LISA), none.
+        """
+        started = process_start()
+        from rich.console import Console
+
+        from frostline.recipes.runner import run as run_recipe
+        from frostline.recipes.schema import load_recipe
+        from frostline.report import compare
+
+        result = run_recipe(load_recipe(recipe, overrides or []), started=started)
+        console = Console()
+        if result.baseline is not None:
+            comparison = compare(result.directory, result.directory / "baseline")
+            console.print(comparison.table())
+            for warning in comparison.warnings:
+                print(f"not comparable: {warning}")
+        else:
+            print(_in_short(result.summary))
+        print(f"model: {result.directory / 'model'}")
+        print(f"next: frostline report {result.directory}")
+
+
+def _in_short(summary: dict[str, object]) -> str:
+    """A finished run in three lines."""
+    from frostline.engine import Summary
+
+    split, scores = ("test", summary["test"]) if summary["test"] else ("validation", summary["metrics"])
+    seconds = summary["seconds"]
+    assert isinstance(scores, dict)
+    assert isinstance(seconds, dict)
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    training = sum(seconds[phase] for phase in ("train", "statistics", "decide"))
+    return f"{Summary(summary)}\n{split}: {shown}\n{training:.1f} s training, {seconds['total']:.1f} s in all"
+
+
+def process_start() -> float:
+    """When this process started, in seconds since the epoch; where the system does not say, when this is called."""
+    now = time.time()
+    try:
+        # Field 22 of /proc/self/stat, counted after the name (which may hold spaces), in clock ticks since boot.
+        ticks = int(Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return now
+    return now - max(0.0, age)

@@ -1,0 +1,278 @@
+"""Running a recipe end to end: data, model, training, test, saved model, and plain fine-tuning beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import PrinterCallback, Trainer, set_seed
+from transformers.utils import logging as hf_logging
+
+from frostline.adapters.checkpoints import newest_complete
+from frostline.adapters.huggingface import Frost, attach
+from frostline.adapters.recorder import Recorder, plain_metrics
+from frostline.errors import ConfigError, FrostlineError, ResumeError
+from frostline.events import EventLog, environment, json_safe
+from frostline.recipes.directory import RunDirectory, write_recipe
+from frostline.recipes.schema import FreezeSection, Recipe, Schedule
+from frostline.recipes.training import build_arguments
+from frostline.tasks.text_classification import Prepared, build_model, prepare
+
+__all__ = ["RunInterrupted", "RunResult", "run"]
+
+SUMMARY_VERSION = 1
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """Ctrl-C stopped the run; the message says what is left and how to go on."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run lies and the content of its ``summary.json``; ``baseline`` is that of plain fine-tuning."""
+
+    directory: Path
+    summary: dict[str, Any]
+    baseline: dict[str, Any] | None = None
+
+
+def run(recipe: Recipe, *, started: float | None = None) -> RunResult:
+    """Run ``recipe`` and leave its directory as docs/architecture.md describes it.
+
+    Args:
+        recipe: from :func:`frostline.recipes.schema.load_recipe`.
+        started: when the run began, in seconds since the epoch; the command line gives the start of the process, so
+            that ``seconds.total`` counts imports. Default: now.
+
+    Raises:
+        FrostlineError: anything a user can act on. If training had not begun, nothing is left behind.
+        RunInterrupted: Ctrl-C.
+    """
+    started = time.time() if started is None else started
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("a recipe runs in one process: for several, use frostline.attach in a script of your own")
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    directory = RunDirectory(recipe)
+    try:
+        with _one_progress_bar():
+            if recipe.resume:
+                _require_progress(recipe)
+            data = prepare(recipe.data, recipe.model, recipe.max_length)
+            directory.start()
+            setup = time.time() - started
+            summary = _side(recipe, data, setup, directory.commit)
+            baseline = _baseline(recipe, data, setup) if recipe.baseline == "full" else None
+        return RunResult(directory.path, summary, baseline)
+    except KeyboardInterrupt:
+        raise RunInterrupted(_farewell(recipe, directory.abandon())) from None
+    except BaseException:
+        directory.abandon()
+        raise
+
+
+def _baseline(recipe: Recipe, data: Prepared, setup: float) -> dict[str, Any]:
+    """Plain fine-tuning with the same settings and seed, in ``baseline`` inside the run."""
+    folder = recipe.directory / "baseline"
+    plain = recipe.model_copy(
+        update={
+            "name": "baseline",
+            "freeze": FreezeSection(policy="none"),
+            "baseline": "none",
+            "output_dir": str(folder),
+        }
+    )
+    if not (folder / "summary.json").is_file() and newest_complete(folder / "checkpoints", ours=False) is None:
+        # A baseline that was killed before its first checkpoint starts again.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        write_recipe(plain, folder)
+    return _side(plain, data, setup)
+
+
+def _side(
+    recipe: Recipe, data: Prepared, setup: float, on_first_step: Callable[[], None] | None = None
+) -> dict[str, Any]:
+    """One side of a run, from the untrained model to ``summary.json``. A side that is finished is not repeated."""
+    folder, freeze = recipe.directory, recipe.freeze
+    plain, finished, checkpoints = freeze.policy == "none", folder / "summary.json", folder / "checkpoints"
+    resume_from: Path | None = None
+    if recipe.resume:
+        if finished.is_file():
+            return dict(json.loads(finished.read_text(encoding="utf-8")))
+        resume_from = newest_complete(checkpoints, ours=not plain)
+    recorder = Recorder(
+        EventLog(folder / "events.jsonl"), title=recipe.name, plain=plain, earlier=setup, on_first_step=on_first_step
+    )
+    trainer = _trainer(recipe, data, checkpoints)
+    trainer.add_callback(recorder)
+    frost = attach(
+        trainer,
+        freeze.policy,
+        recipe.cache.mode,
+        blocks=freeze.blocks,
+        events=recorder.log,
+        max_depth_changes=freeze.max_depth_changes,
+        **freeze.options,
+    )
+    recorder.watch(frost)
+    with _readable_failures(folder, checkpoints):
+        try:
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        finally:
+            recorder.close()
+        _evaluate_at_the_end(trainer, recorder)
+        test = _test(trainer, data)
+        _save_model(trainer, data, folder / "model")
+        recorder.saved()
+        summary = _summary(recipe, frost, recorder, test)
+        _write_json(finished, summary)
+        frost.detach()
+    return summary
+
+
+class _StepScheduleTrainer(Trainer):
+    """A Trainer whose learning rate follows a recipe's ``schedule``, where there is one."""
+
+    def __init__(self, *args: Any, schedule: Schedule | None, **kwargs: Any) -> None:
+        self._schedule = schedule
+        super().__init__(*args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        schedule = self._schedule
+        if schedule is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None, "the Trainer builds its optimizer before its scheduler"
+            self.lr_scheduler = LambdaLR(optimizer, lambda step: schedule.at_step(step, num_training_steps))
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+def _trainer(recipe: Recipe, data: Prepared, checkpoints: Path) -> Trainer:
+    set_seed(recipe.seed)
+    trainer = _StepScheduleTrainer(
+        model=build_model(data, recipe.model, recipe.seed),
+        args=build_arguments(recipe.training, checkpoints, seed=recipe.seed),
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=data.collator,
+        processing_class=data.tokenizer,
+        compute_metrics=data.compute_metrics,
+        schedule=recipe.schedule,
+    )
+    # It prints every log as a dictionary over our progress bar.
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _evaluate_at_the_end(trainer: Trainer, recorder: Recorder) -> None:
+    """Validation metrics of the model that is saved, unless the last evaluation was of just that model."""
+    if recorder.metrics_step != recorder.steps or trainer.args.load_best_model_at_end:
+        trainer.evaluate()
+
+
+def _test(trainer: Trainer, data: Prepared) -> dict[str, float]:
+    """Metrics on the test split, empty where there is none."""
+    if data.test is None:
+        return {}
+    return plain_metrics(trainer.predict(data.test).metrics or {}, "test")
+
+
+def _save_model(trainer: Trainer, data: Prepared, target: Path) -> None:
+    """An ordinary Hugging Face folder, replaced whole. The Trainer's own ``save_model`` would add a pickle."""
+    temporary = target.with_name("model.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary)
+    data.tokenizer.save_pretrained(temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
+
+
+def _summary(recipe: Recipe, frost: Frost, recorder: Recorder, test: dict[str, float]) -> dict[str, Any]:
+    summary = dict(frost.summary())
+    trajectory = summary["trajectory"]
+    if not trajectory or trajectory[0]["step"] > 0:
+        trajectory = [{"step": 0, "samples": 0, "depth": 0}, *trajectory]
+    return {
+        "version": SUMMARY_VERSION,
+        **summary,
+        "trajectory": trajectory,
+        "steps": recorder.steps,
+        "samples": recorder.samples,
+        "seconds": recorder.finish(),
+        "metrics": recorder.metrics,
+        "test": test,
+        "seed": recipe.seed,
+        "environment": environment(),
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(json_safe(content), indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _require_progress(recipe: Recipe) -> None:
+    folder = recipe.directory
+    if (folder / "summary.json").is_file():
+        return
+    if newest_complete(folder / "checkpoints", ours=recipe.freeze.policy != "none") is None:
+        raise ResumeError(
+            f"nothing to resume: no complete checkpoint in {str(folder / 'checkpoints')!r}; start again with "
+            "overwrite=true"
+        )
+
+
+def _farewell(recipe: Recipe, undone: bool) -> str:
+    if undone:
+        return "stopped before the first training step: nothing was kept"
+    folder = recipe.directory
+    try:
+        _require_progress(recipe)
+    except ResumeError:
+        return f"stopped; {str(folder)!r} has no checkpoint yet: start again with overwrite=true"
+    return f"stopped; the same command with resume=true continues from the last checkpoint in {str(folder)!r}"
+
+
+@contextmanager
+def _one_progress_bar() -> Iterator[None]:
+    """No bars of transformers (one for each file of weights it writes) beside the run's own."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def _readable_failures(folder: Path, checkpoints: Path) -> Iterator[None]:
+    """Failing to write ends in one line, and takes a half-written checkpoint and model away."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch reports a failed write as a RuntimeError of its zip writer.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        shutil.rmtree(folder / "model.tmp", ignore_errors=True)
+        whole = newest_complete(checkpoints, ours=False)
+        for checkpoint in checkpoints.glob("checkpoint-*"):
+            if not (checkpoint / "trainer_state.json").is_file() and checkpoint != whole:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        kept = f"; {whole.name} is kept: make room and continue with resume=true" if whole else ""
+        raise FrostlineError(f"cannot write the run in {str(folder)!r}: {reason}{kept}") from error

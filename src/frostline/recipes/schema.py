@@ -1,0 +1,163 @@
+"""What a recipe may say, and reading one: every fault is reported at once, one line each."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from frostline.errors import ConfigError, choices_message
+from frostline.policies.registry import validate
+from frostline.recipes.document import apply_overrides, read_yaml
+from frostline.recipes.library import recipe_path
+from frostline.recipes.training import checked_training
+from frostline.tasks.data import DataSpec
+
+__all__ = ["CacheSection", "FreezeSection", "Recipe", "Schedule", "load_recipe"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FreezeSection(_Section):
+    """``policy`` and that policy's own options.
+
+    ``blocks`` is the dotted path of the block stack (null: found), ``max_depth_changes`` a bound on the moves of the
+    frost line (null: none, but 6 under ``torch_compile``).
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    policy: str = "gradient-norm"
+    blocks: str | None = None
+    max_depth_changes: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _options_fit_the_policy(self) -> FreezeSection:
+        validate(self.policy, self.options)
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The policy's own options, as given."""
+        return dict(self.model_extra or {})
+
+
+class CacheSection(_Section):
+    """``mode``: ``off`` is all there is until the storage manager is built."""
+
+    mode: str = "off"
+
+    @field_validator("mode")
+    @classmethod
+    def _only_off(cls, value: str) -> str:
+        if value != "off":
+            raise ValueError(f"{value!r} is not available until the storage manager is built. Valid choices: off")
+        return value
+
+
+class Schedule(_Section):
+    """A piecewise-constant learning rate: from fraction ``at[i]`` of the run it is ``factor[i]`` times the full one."""
+
+    at: list[Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(min_length=1)
+    factor: list[Annotated[float, Field(ge=0.0)]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _pairs_in_order(self) -> Schedule:
+        if len(self.at) != len(self.factor):
+            raise ValueError(f"at has {len(self.at)} values and factor {len(self.factor)}: they must be as many")
+        if sorted(set(self.at)) != self.at:
+            raise ValueError(f"at={self.at}: the fractions must increase")
+        return self
+
+    def at_step(self, step: int, steps: int) -> float:
+        """The factor that holds for optimizer step ``step`` (from 0) of ``steps``."""
+        current = 1.0
+        for fraction, factor in zip(self.at, self.factor, strict=True):
+            # Rounded up so that a fraction never takes effect early.
+            if step >= math.ceil(fraction * steps):
+                current = factor
+        return current
+
+
+class Recipe(_Section):
+    """One fine-tuning run, end to end; ``training`` holds its ``TrainingArguments``, our defaults filled in."""
+
+    name: str = Field(default="recipe", pattern=r"^[\w.-]+$", description="names the default output directory")
+    task: Literal["text-classification"] = "text-classification"
+    model: str = Field(min_length=1, description="a fetched asset, a local folder or a hub id")
+    data: DataSpec
+    max_length: int = Field(default=128, ge=2, description="tokens; longer texts are cut")
+    freeze: FreezeSection = FreezeSection()
+    cache: CacheSection = CacheSection()
+    schedule: Schedule | None = None
+    training: dict[str, Any] = Field(default_factory=dict, validate_default=True)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    threads: int | None = Field(default=None, ge=1, description="torch's threads; null leaves them alone")
+    baseline: Literal["none", "full"] = "none"
+    output_dir: str | None = Field(default=None, min_length=1, description="null: runs/<name>-seed<seed>")
+    resume: bool = False
+    overwrite: bool = False
+
+    @field_validator("training")
+    @classmethod
+    def _training_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return checked_training(value)
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Recipe:
+        if self.resume and self.overwrite:
+            raise ValueError("resume=true and overwrite=true exclude each other: choose one")
+        clash = sorted({"warmup_steps", "lr_scheduler_kwargs"} & self.training.keys())
+        if self.training["lr_scheduler_type"] != "linear":
+            clash.append("lr_scheduler_type")
+        if self.schedule is not None and clash:
+            raise ValueError(f"schedule and training.{clash[0]} both set the learning rate: drop one (schedule=null)")
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """Where the run goes."""
+        return Path(self.output_dir or f"runs/{self.name}-seed{self.seed}").expanduser()
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {"data": DataSpec, "cache": CacheSection, "schedule": Schedule}
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a shipped recipe by name, or a YAML file, with dotted overrides (``freeze.percentile=75``).
+
+    Raises:
+        ConfigError: an unknown recipe, malformed YAML, or settings that are wrong: all of them, one line each.
+    """
+    path = recipe_path(name_or_path)
+    content = apply_overrides(read_yaml(path), overrides or [])
+    content.setdefault("name", path.stem)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        faults = [line for fault in error.errors() for line in _fault_lines(fault)]
+    if len(faults) == 1:
+        raise ConfigError(f"recipe {name_or_path}: {faults[0]}")
+    listed = "".join(f"\n  {line}" for line in faults)
+    raise ConfigError(f"recipe {name_or_path} has {len(faults)} faults:{listed}")
+
+
+def _fault_lines(fault: Any) -> list[str]:
+    """One pydantic error as lines that a user can act on."""
+    location = [str(part) for part in fault["loc"]]
+    where = ".".join(location)
+    if fault["type"] == "extra_forbidden":
+        section = _SECTIONS.get(location[0], Recipe)
+        prefix = ".".join(location[:-1])
+        known = [key for key in section.model_fields if (section is not Recipe or key != "name")]
+        return [choices_message(f"key{f' in {prefix}' if prefix else ''}", location[-1], known)]
+    if fault["type"] == "missing":
+        return [f"{where}: missing; it is required"]
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return [f"{where}: {line}" if where else line for line in message.split("\n")]
+    return [f"{where}={fault['input']!r}: {message}"]
