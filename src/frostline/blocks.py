@@ -189,8 +189,8 @@ def _block_paths(model: nn.Module, stack_path: str) -> list[str]:
         raise ModelError(choices_message(f"block path in {type(model).__name__}", stack_path, lists))
     if not _is_list(modules[stack_path]):
         raise ModelError(
-            f"blocks={stack_path!r} is a {type(modules[stack_path]).__name__}, not a ModuleList, Sequential or ModuleDict"
-            f" of blocks. Valid choices: {', '.join(lists) or '(none)'}"
+            f"blocks={stack_path!r} is a {type(modules[stack_path]).__name__}, not a ModuleList, Sequential or "
+            f"ModuleDict of blocks. Valid choices: {', '.join(lists) or '(none)'}"
         )
     prefix = f"{stack_path}." if stack_path else ""
     paths = [p for name, child in modules[stack_path].named_children() for p in _flat(f"{prefix}{name}", child)]

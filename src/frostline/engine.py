@@ -146,7 +146,10 @@ class Frostline:
         self._measure()
         self._first_forward: torch.utils.hooks.RemovableHandle | None = None
         if not self.stack.traced:
-            self._first_forward = self.stack.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True)
+            # Outside of what torch.compile traces: on its wrapper where there is one, else as a break in the graph.
+            watched = model if hasattr(model, "_orig_mod") else self.stack.model
+            look = torch.compiler.disable(self._see_inputs) if compiled else self._see_inputs  # type: ignore[no-untyped-call]
+            self._first_forward = watched.register_forward_pre_hook(look, with_kwargs=True)
         self._apply(self.policy.start())
 
     # -- what adapters and users call ---------------------------------------------------------------
@@ -156,22 +159,22 @@ class Frostline:
         """Number of leading blocks frozen now."""
         return self.freezer.depth if self._active else 0
 
-    def before_step(self) -> None:
-        """Read the accumulated gradient: call before clipping and before ``optimizer.step()``."""
+    def before_step(self, *, unscaled: bool = False) -> None:
+        """Read the accumulated gradient: call before clipping and before ``optimizer.step()``.
+
+        ``unscaled``: the host has taken the loss scale out already (it may still skip a step that overflowed).
+        """
         if self._statistics is None:
             return
         start = time.perf_counter()
         scaled = self.scaler is not None and self.scaler.is_enabled()
-        self._statistics.update(1.0 / self.scaler.get_scale() if scaled else 1.0, check=scaled)
+        self._statistics.update(1.0 / self.scaler.get_scale() if scaled and not unscaled else 1.0, check=scaled)
         self.seconds["statistics"] += time.perf_counter() - start
 
     def after_step(self) -> None:
         """Count the step and, where an interval ends, decide: call after ``optimizer.step()``."""
-        if not self._active:
-            self._count()
-            return
         self._count()
-        if self._cadence is None:
+        if not self._active or self._cadence is None:
             return
         position = self.samples if self._cadence.unit == "samples" else self.step
         if position + 1e-6 >= (self.evaluations + 1) * self._cadence.every:
@@ -251,6 +254,8 @@ class Frostline:
                 f"the checkpoint was made with policy {state['policy']} {state['options']}, this run has "
                 f"{self.policy_name} {self.policy_options}: resume with the same, or start anew"
             )
+        if self._active and "model" not in state:
+            raise ResumeError("the state was taken after finish(), when nothing was frozen any more: take it before")
         if self._active and state["model"] != self._fingerprint():
             raise ResumeError(
                 f"the checkpoint belongs to another model: {state['model']}, this one is {self._fingerprint()}"

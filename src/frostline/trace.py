@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Call", "Trace", "first_tensor", "trace_model", "unwrap"]
+__all__ = ["Call", "Trace", "first_tensor", "made_up_call", "trace_model", "undisturbed", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -65,10 +65,10 @@ def trace_model(model: nn.Module, blocks: list[nn.Module], inputs: Call | None) 
     """
     call = inputs
     if call is None:
-        model, call = _made_up_call(model, blocks)
+        model, call = made_up_call(model, blocks)
         if call is None:
             return None
-    with _undisturbed(model, blocks):
+    with undisturbed(model, blocks):
         model.eval()
         try:
             seen = _pass(model, blocks, call)
@@ -172,7 +172,7 @@ def _reached(tensor: torch.Tensor) -> set[int]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
+def undisturbed(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
     """Put back flags, ``requires_grad``, buffers and the random state."""
     training = [(m, m.training) for m in model.modules()]
     inside = {id(p) for b in blocks for p in b.parameters()}
@@ -206,8 +206,14 @@ def _numpy_state() -> Iterator[None]:
         np.random.set_state(state)
 
 
-def _made_up_call(model: nn.Module, blocks: list[nn.Module]) -> tuple[nn.Module, Call | None]:
-    """The module to run and one row of random input for it (all models of ``transformers`` name their main input)."""
+def made_up_call(
+    model: nn.Module, blocks: list[nn.Module], rows: int = 1, length: int = 8
+) -> tuple[nn.Module, Call | None]:
+    """The module to run and random input for it (all models of ``transformers`` name their main input).
+
+    ``rows`` samples; ``length`` is in tokens and holds for text only (images and audio have the size that the
+    configuration names). ``None`` where no input can be made up.
+    """
     for inner in model.modules():
         main, config = getattr(inner, "main_input_name", None), getattr(inner, "config", None)
         if isinstance(main, str) and config is not None and _holds(inner, blocks):
@@ -217,13 +223,13 @@ def _made_up_call(model: nn.Module, blocks: list[nn.Module]) -> tuple[nn.Module,
     some = next((p for p in inner.parameters() if p.is_floating_point()), None)
     if some is None or some.is_meta:
         return inner, None
-    value = _made_up(main, config, torch.Generator().manual_seed(0))
+    value = _made_up(main, config, torch.Generator().manual_seed(0), rows, length)
     if value is None:
         return inner, None
     call: dict[str, Any] = {main: value.to(some.device, some.dtype if value.is_floating_point() else value.dtype)}
     names = inspect.signature(inner.forward).parameters
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
-        call["decoder_input_ids"] = torch.ones(1, 8, dtype=torch.long, device=some.device)
+        call["decoder_input_ids"] = torch.ones(rows, length, dtype=torch.long, device=some.device)
     if "use_cache" in names:
         call["use_cache"] = False
     return inner, ((), call)
@@ -234,12 +240,12 @@ def _holds(module: nn.Module, blocks: list[nn.Module]) -> bool:
     return all(id(b) in inside for b in blocks)
 
 
-def _made_up(main: str, config: Any, generator: torch.Generator) -> torch.Tensor | None:
+def _made_up(main: str, config: Any, generator: torch.Generator, rows: int, length: int) -> torch.Tensor | None:
     if main == "input_ids":
         vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
         if vocabulary < 2:
             return None
-        ids = torch.randint(vocabulary // 2, vocabulary, (1, 8), generator=generator)
+        ids = torch.randint(vocabulary // 2, vocabulary, (rows, length), generator=generator)
         eos = getattr(config, "eos_token_id", None)
         eos = eos[0] if isinstance(eos, list) and eos else eos
         if isinstance(eos, int) and eos < vocabulary:  # some classification heads read the state at this token
@@ -248,10 +254,10 @@ def _made_up(main: str, config: Any, generator: torch.Generator) -> torch.Tensor
     if main == "pixel_values":
         size = getattr(config, "image_size", None) or 64
         height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-        return torch.randn(1, getattr(config, "num_channels", 3), height, width, generator=generator)
+        return torch.randn(rows, getattr(config, "num_channels", 3), height, width, generator=generator)
     if main == "input_values":
-        return torch.randn(1, 16_000, generator=generator)
+        return torch.randn(rows, 16_000, generator=generator)
     if main == "input_features" and hasattr(config, "num_mel_bins"):
         frames = 2 * int(getattr(config, "max_source_positions", 1500))
-        return torch.randn(1, config.num_mel_bins, frames, generator=generator)
+        return torch.randn(rows, config.num_mel_bins, frames, generator=generator)
     return None

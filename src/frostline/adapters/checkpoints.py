@@ -10,9 +10,13 @@ import json
 import re
 from pathlib import Path
 
-from frostline.state import is_complete
+from torch import nn
 
-__all__ = ["newest_complete"]
+from frostline.errors import ResumeError
+from frostline.state import fingerprint, has_state, is_complete, load_state
+from frostline.trace import unwrap
+
+__all__ = ["check", "newest_complete"]
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -32,6 +36,29 @@ def newest_complete(directory: str | Path, *, ours: bool) -> Path | None:
         if _was_finished(steps[step]) and (not ours or is_complete(steps[step])):
             return steps[step]
     return None
+
+
+def check(checkpoint: Path, model: nn.Module | None) -> None:
+    """Refuse a checkpoint that cannot be continued from, before the Trainer loads anything of it.
+
+    One without any state of ours is good: it comes from a run without Frostline.
+
+    Args:
+        checkpoint: a directory that the Trainer wrote.
+        model: what is to continue from it (``None``: not built yet, not compared).
+
+    Raises:
+        ResumeError: it is not there, not whole, or of another model.
+    """
+    if not checkpoint.is_dir():
+        raise ResumeError(f"nothing to resume: {checkpoint} is not a directory")
+    if not _was_finished(checkpoint):
+        raise ResumeError(f"{checkpoint} was not written to its end: trainer_state.json is missing or torn")
+    if has_state(checkpoint):
+        saved = load_state(checkpoint)[0]["model"]
+        found = fingerprint(unwrap(model), saved["blocks"]) if model is not None else saved
+        if saved != found:
+            raise ResumeError(f"{checkpoint} belongs to another model: {saved}, this one is {found}")
 
 
 def _was_finished(checkpoint: Path) -> bool:

@@ -1,8 +1,18 @@
 """``attach``: one line for a Hugging Face Trainer that exists already.
 
 A callback alone cannot do it: ``on_pre_optimizer_step`` comes after clipping, ``on_save`` after old checkpoints
-are rotated away, and no event comes between building the optimizer and loading its state. So four methods of
+are rotated away, and no event comes between building the optimizer and loading its state. So seven methods of
 this Trainer (not of its class) are wrapped, and :meth:`Frost.detach` puts them back.
+
+The Trainer itself does not continue exactly where it was killed (measured with transformers 5.23); mended here:
+
+* an epoch's order is drawn from the random state of its start, which its checkpoints do not hold;
+* the evaluation of an epoch's end comes after the checkpoint of its last step, and is lost with what it drew;
+* the loss since the last log line is lost, so that the next line is the mean of fewer steps;
+* a checkpoint of the last step, inside an epoch, is continued by one step more than ``max_steps``.
+
+Not mended, but said: data that draw random numbers (the batch after a checkpoint is fetched before it) and the
+patience of ``EarlyStoppingCallback``.
 """
 
 from __future__ import annotations
@@ -14,16 +24,23 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from frostline.adapters.checkpoints import newest_complete
+from frostline.adapters.checkpoints import check, newest_complete
 from frostline.adapters.randomness import capture, restore
 from frostline.blocks import BlockStack
 from frostline.engine import Frostline, Summary, check_cache
 from frostline.errors import ConfigError, FrostlineError, ModelError, ResumeError
 from frostline.events import EventLog
 from frostline.policies.registry import validate
-from frostline.state import is_complete
+from frostline.state import has_state
 
 __all__ = ["Frost", "attach"]
 
@@ -102,11 +119,14 @@ class Frost:
         self.log = events if isinstance(events, EventLog) else EventLog(events)
         self._settings = {"policy": policy, "blocks": blocks, "max_depth_changes": max_depth_changes, **options}
         self._callback = _Callback(self)
-        self._wrapped: list[tuple[Any, str]] = []
+        self._wrapped: list[tuple[Any, str, Any]] = []
         self._resume_from: Path | None = None
         self._epoch_start: dict[str, Any] | None = None
         self._saved_epoch_start: dict[str, Any] | None = None
         self._read_this_step = False
+        self._steps_per_epoch = 1
+        self._at_boundary = self._save_due = False
+        self._fetched = 0
 
     @property
     def depth(self) -> int:
@@ -134,6 +154,9 @@ class Frost:
         self._wrap(self.trainer, "train", self._train)
         self._wrap(self.trainer, "create_optimizer", self._create_optimizer)
         self._wrap(self.trainer, "_save_checkpoint", self._save_checkpoint)
+        self._wrap(self.trainer, "_run_epoch", self._run_epoch)
+        self._wrap(self.trainer, "get_batch_samples", self._get_batch_samples)
+        self._wrap(self.trainer, "log", self._log)
 
     def _wrap(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
         original = getattr(owner, name)
@@ -142,14 +165,18 @@ class Frost:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             return replacement(original, *args, **kwargs)
 
+        # A method that somebody else has replaced on this very object comes back at detach().
+        self._wrapped.append((owner, name, vars(owner).get(name)))
         setattr(owner, name, wrapper)
-        self._wrapped.append((owner, name))
 
     def _unwrap_all(self, owner: Any = None) -> None:
-        for wrapped, name in list(self._wrapped):
+        for entry in list(self._wrapped):
+            wrapped, name, before = entry
             if owner is None or wrapped is owner:
-                wrapped.__dict__.pop(name, None)
-                self._wrapped.remove((wrapped, name))
+                vars(wrapped).pop(name, None)
+                if before is not None:
+                    setattr(wrapped, name, before)
+                self._wrapped.remove(entry)
 
     # -- wrapped methods ------------------------------------------------------------------------
 
@@ -165,8 +192,14 @@ class Frost:
                     raise ResumeError(f"nothing to resume: no complete checkpoint with Frostline's state in {output}")
             else:
                 self._resume_from = Path(resume_from_checkpoint)
+            check(self._resume_from, self.trainer.model)
             resume_from_checkpoint = str(self._resume_from)
-        return original(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return original(resume_from_checkpoint, *args, **kwargs)
+        except BaseException:
+            # Whoever catches this (a notebook, a search over settings) goes on with an ordinary model.
+            self._end()
+            raise
 
     def _create_optimizer(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # An optimizer built now must hold every parameter: an aborted attempt (auto_find_batch_size) left some frozen.
@@ -177,15 +210,48 @@ class Frost:
     def _save_checkpoint(self, original: Callable[..., Any], model: Any, trial: Any) -> None:
         trainer = self.trainer
         directory = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
+        loss = float(trainer.accelerator.reduce(trainer._tr_loss, reduction="mean"))
         if trainer.args.should_save and self.engine is not None:
-            # A run that was killed here before left a torn directory; nothing of it may mix with this one.
+            # A run that was killed here before left a torn directory; nothing of it may mix with this one. The file
+            # that makes it complete goes first: killed in between, it is not taken for a whole one.
+            (directory / "trainer_state.json").unlink(missing_ok=True)
             shutil.rmtree(directory, ignore_errors=True)
             self.engine.log.append(
                 "checkpoint", step=self.engine.step, samples=self.engine.samples, path=str(directory)
             )
-            self.engine.save(directory, epoch_start=self._epoch_start)
+            self.engine.save(
+                directory,
+                epoch_start=self._epoch_start,
+                loss={"sum": loss, "logged_step": trainer._globalstep_last_logged},
+            )
         trainer.accelerator.wait_for_everyone()
         original(model, trial)
+
+    def _run_epoch(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        # Resumed from its very last step, inside an epoch, the Trainer would take one step before it looks.
+        if self.trainer.state.global_step >= self.trainer.state.max_steps:
+            self.trainer.control.should_training_stop = True
+            return
+        original(*args, **kwargs)
+
+    def _get_batch_samples(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # An epoch's first call draws its order; what changes the generators in the second is the data.
+        self._fetched += 1
+        if self._fetched != 2 or self.engine is None:
+            return original(*args, **kwargs)
+        before = capture()
+        batches = original(*args, **kwargs)
+        if capture() != before:
+            self.engine.limit(
+                "random-inputs",
+                "the data draw random numbers (augmentation, masking): the Trainer has fetched a batch ahead when it "
+                "saves, so a resumed run sees that one batch otherwise and is not the uninterrupted run bit for bit",
+            )
+        return batches
+
+    def _log(self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        # Before the host's trackers see it: TensorBoard and the like plot the frost line beside the loss.
+        original({**logs, "frost_depth": self.depth} if "loss" in logs else logs, *args, **kwargs)
 
     def _clip(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._read_gradients()
@@ -216,32 +282,78 @@ class Frost:
             **self._settings,
         )
         self._wrap(trainer.accelerator, "clip_grad_norm_", self._clip)
-        self._saved_epoch_start, self._read_this_step = None, False
+        self._steps_per_epoch = per_epoch
+        self._saved_epoch_start = None
+        self._read_this_step = self._at_boundary = self._save_due = False
         if state.global_step > 0 and self._resume_from is not None:
-            if is_complete(self._resume_from):
+            self._at_boundary = state.global_step % per_epoch == 0
+            if has_state(self._resume_from):
                 saved = self.engine.load(self._resume_from)
-                if state.global_step % per_epoch:
-                    self._saved_epoch_start = saved.get("epoch_start")
+                self._saved_epoch_start = None if self._at_boundary else saved["epoch_start"]
+                self._restore_loss(saved["loss"])
             else:
-                self.engine.step, self.engine.samples = state.global_step, min(state.global_step * batch, examples)
+                self._start_anew(state.global_step)
+            patient = any(isinstance(c, EarlyStoppingCallback) for c in trainer.callback_handler.callbacks)
+            if patient and not args.restore_callback_states_from_checkpoint:
                 self.engine.limit(
-                    "resume",
-                    f"{self._resume_from} has no Frostline state: freezing starts anew at step {state.global_step}",
+                    "early-stopping",
+                    "the Trainer forgot how long EarlyStoppingCallback has waited: set "
+                    "restore_callback_states_from_checkpoint=True to resume with it",
                 )
         if trainer.neftune_noise_alpha is not None:
             self.engine.limit("neftune", "NEFTune noise ends when the stem freezes: a frozen prefix is deterministic")
+
+    def _restore_loss(self, saved: dict[str, Any]) -> None:
+        trainer = self.trainer
+        trainer._tr_loss += saved["sum"]
+        trainer._globalstep_last_logged = saved["logged_step"]
+        # The mean loss that train() returns is, in the Trainer, that of this call's own steps: it stays so.
+        trainer._total_loss_scalar -= saved["sum"]
+
+    def _start_anew(self, step: int) -> None:
+        """Freeze from here on, in a run whose first ``step`` steps were not ours."""
+        engine = self.engine
+        assert engine is not None
+        epochs, within = divmod(step, self._steps_per_epoch)
+        per_epoch = engine.plan.samples_per_epoch
+        engine.step = step
+        engine.samples = epochs * per_epoch + min(within * engine.plan.samples_per_step, per_epoch)
+        cadence = engine.policy.cadence()
+        if cadence is not None:
+            # Decide at the next mark, not at every step until as many decisions have been taken.
+            position = engine.samples if cadence.unit == "samples" else step
+            engine.evaluations = int((position + 1e-6) // cadence.every)
+        engine.limit("resume", f"{self._resume_from} has no Frostline state: freezing starts anew at step {step}")
 
     def _epoch(self) -> None:
         # Samplers without a seed of their own draw the epoch's order from the global generators.
         if self._saved_epoch_start is not None:
             restore(self._saved_epoch_start)
             self._saved_epoch_start = None
+        if self._at_boundary:
+            self._restore_boundary()
+            self._at_boundary = False
         self._epoch_start = capture()
+        self._fetched = 0
 
-    def _step_end(self) -> None:
+    def _restore_boundary(self) -> None:
+        # The Trainer does this only after on_epoch_begin: too late for what the next checkpoint says of this epoch.
+        self.trainer._load_rng_state(str(self._resume_from))
+
+    def _step_end(self, state: TrainerState, control: TrainerControl) -> None:
         if self.engine is not None:
             self.engine.after_step()
             self._read_this_step = False
+        if control.should_save and self._ends_epoch(state):
+            # Not before the epoch's own evaluation and log line, which a run resumed from here would never make up.
+            control.should_save, self._save_due = False, True
+
+    def _ends_epoch(self, state: TrainerState) -> bool:
+        return state.global_step % self._steps_per_epoch == 0 or state.global_step >= state.max_steps
+
+    def _epoch_end(self, control: TrainerControl) -> None:
+        if self._save_due:
+            control.should_save, self._save_due = True, False
 
     def _end(self) -> None:
         self._unwrap_all(self.trainer.accelerator)
@@ -266,8 +378,11 @@ class _Callback(TrainerCallback):
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.frost._read_gradients()
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.frost._step_end()
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.frost._step_end(state, control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.frost._epoch_end(control)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.frost._end()

@@ -12,8 +12,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from frostline.engine import Frostline, Summary, check_cache
+from frostline.engine import COMPILED_DEPTH_CHANGES, Frostline, Summary, check_cache
 from frostline.errors import ConfigError, FrostlineError, ModelError
 from frostline.events import EventLog
 from frostline.policies.registry import validate
@@ -29,6 +30,7 @@ class FrostlineCallback(pl.Callback):
         cache: ``off`` until the storage manager is there.
         blocks: dotted path of the list of blocks inside the LightningModule, where it is not found by itself.
         events: an :class:`EventLog` or the path of ``events.jsonl``.
+        max_depth_changes: bound on moves of the frost line (default: 6 for a compiled module, else none).
         options: the policy's own options, e.g. ``percentile=75``.
 
     Raises:
@@ -42,6 +44,7 @@ class FrostlineCallback(pl.Callback):
         *,
         blocks: str | None = None,
         events: EventLog | str | Path | None = None,
+        max_depth_changes: int | None = None,
         **options: Any,
     ) -> None:
         check_cache(cache)
@@ -49,7 +52,9 @@ class FrostlineCallback(pl.Callback):
         self.engine: Frostline | None = None
         self._log = events if isinstance(events, EventLog) else EventLog(events)
         self._settings = {"policy": policy, "blocks": blocks, **options}
+        self._max_depth_changes = max_depth_changes
         self._saved: dict[str, Any] | None = None
+        self._finished: dict[str, Any] | None = None
         self._counted = 0
 
     @property
@@ -63,27 +68,42 @@ class FrostlineCallback(pl.Callback):
             raise FrostlineError("nothing to summarise yet: call trainer.fit() first")
         return self.engine.summary()
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+            name = type(trainer.strategy).__name__
+            raise ModelError(
+                f"{name} cannot change what is frozen while it trains in this version; use "
+                "strategy='ddp_find_unused_parameters_true'"
+            )
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if len(trainer.optimizers) != 1:
             raise ModelError(f"{len(trainer.optimizers)} optimizers: Frostline freezes for exactly one")
         total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
-        if not math.isfinite(total) or not math.isfinite(batches):
+        if not math.isfinite(total):
             raise ConfigError(
                 "the length of the run is unknown: give the Lightning Trainer max_steps or a sized loader"
             )
-        per_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+        # A loader without a length has no epochs: the run is one.
+        per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else int(total)
+        per_epoch = max(1, per_epoch)
         batch, samples = _sizes(trainer, per_epoch)
+        # Lightning compiles the module's methods in place, where the engine does not see it.
+        compiled = getattr(pl_module, "_compiler_ctx", None) is not None
+        moves = COMPILED_DEPTH_CHANGES if self._max_depth_changes is None and compiled else self._max_depth_changes
         self.engine = Frostline(
-            pl_module,
+            trainer.model or pl_module,
             trainer.optimizers[0],
             steps_per_epoch=per_epoch,
             epochs=float(total) / per_epoch,
             batch_size=batch,
             samples_per_epoch=samples,
             events=self._log,
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
+            max_depth_changes=moves,
             **self._settings,
         )
-        self._counted = trainer.global_step
+        self._counted, self._finished = trainer.global_step, None
         if self._saved is not None:
             self.engine.load_state_dict(self._saved)
             self._saved = None
@@ -92,15 +112,19 @@ class FrostlineCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         if self.engine is not None:
-            self.engine.before_step()
+            self.engine.before_step(unscaled=True)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.engine is not None and trainer.global_step > self._counted:
+        if self.engine is not None:
+            # Manual optimization may take several steps in one batch.
+            for _step in range(trainer.global_step - self._counted):
+                self.engine.after_step()
             self._counted = trainer.global_step
-            self.engine.after_step()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.engine is not None:
+            # A checkpoint saved from now on can be trained further: it needs the state that finish() gives up.
+            self._finished = self.engine.state_dict()
             self.engine.finish()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -109,6 +133,8 @@ class FrostlineCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Goes into Lightning's checkpoint: tensors and JSON values."""
+        if self._finished is not None:
+            return self._finished
         return self.engine.state_dict() if self.engine is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -49,9 +49,9 @@ def _load(name: str) -> nn.Module:
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     from frostline.errors import ModelError
-    from frostline.tasks.text_classification import _model_path
+    from frostline.tasks.text_classification import model_path
 
-    path = _model_path(name)
+    path = model_path(name)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

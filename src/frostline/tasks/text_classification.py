@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
     )
 
-__all__ = ["Prepared", "build_model", "compute_metrics", "prepare"]
+__all__ = ["Prepared", "build_model", "compute_metrics", "model_path", "prepare"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def build_model(prepared: Prepared, model_name_or_path: str, seed: int) -> PreTr
     from transformers import AutoModelForSequenceClassification
 
     labels = prepared.labels
-    path = _model_path(model_name_or_path)
+    path = model_path(model_name_or_path)
     try:
         with _quiet_transformers(), torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed)
@@ -151,7 +151,7 @@ def build_model(prepared: Prepared, model_name_or_path: str, seed: int) -> PreTr
     return model
 
 
-def _model_path(model: str) -> str:
+def model_path(model: str) -> str:
     """The folder or hub id of ``model``; a data set's name, or a folder without a model, is an error."""
     if model in assets.ASSETS and assets.ASSETS[model].kind != "model":
         models = [name for name, asset in assets.ASSETS.items() if asset.kind == "model"]
@@ -166,7 +166,7 @@ def _model_path(model: str) -> str:
 def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    path = _model_path(model)
+    path = model_path(model)
     try:
         with _quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(path)

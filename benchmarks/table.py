@@ -1,0 +1,103 @@
+"""The README's tables, in Markdown, made from ``benchmarks/results/*.json``.
+
+python benchmarks/table.py                                             # every result there is
+python benchmarks/table.py benchmarks/results/step_time-minilm.json    # these only
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, help="results (default: all under benchmarks/results)")
+    for path in parser.parse_args(arguments).files or sorted(RESULTS.glob("*.json")):
+        make = TABLES.get(path.stem.partition("-")[0])
+        if make is not None:
+            print("\n".join(make(json.loads(path.read_text(encoding="utf-8")))), end="\n\n")
+
+
+def step_time(report: dict[str, Any]) -> Iterable[str]:
+    """What ``step_time.py`` measured."""
+    for measured in report.get("depths", ()):
+        batch, rounds = _batch(measured["batch"]), measured["rounds"]
+        yield f"A step of {report['model']} by depth, {batch}, median of {rounds} rounds:\n"
+        yield from _rows(
+            ["depth", "Frostline, ms", "bound, ms", "ratio", "95 % interval"],
+            ([row["depth"], *_times(row), *_ratio(row["ratio"])] for row in measured["depths"]),
+        )
+        yield ""
+    if none := report.get("none"):
+        yield f"Policy `none` on {report['model']}, {_batch(none['batch'])}, loops of {none['steps']} steps:\n"
+        yield from _rows(
+            ["loop", "pairs", "with / without", "95 % interval", "contains 1.00"],
+            (
+                [name, none[name]["ratio"]["pairs"], *_ratio(none[name]["ratio"], 4), _word(none[name]["contains_one"])]
+                for name in ("loop", "trainer")
+            ),
+        )
+        yield ""
+    if found := report.get("statistics"):
+        yield f"Gradient statistics on {report['model']} at depth 0 (all blocks are summed):\n"
+        yield from _rows(
+            ["batch", "of a step", "95 % interval", "memory, MB", "one evaluation, ms"],
+            (
+                [
+                    _batch(row["batch"]),
+                    f"{row['share']['median']:.2%}",
+                    " to ".join(f"{value:.2%}" for value in row["share"]["interval"]),
+                    f"{row['bytes'] / 1e6:.1f}",
+                    f"{1000 * row['evaluation_seconds']:.1f}",
+                ]
+                for row in found
+            ),
+        )
+        yield ""
+    yield _machine(report)
+
+
+# By what a file's name begins with.
+TABLES: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {"step_time": step_time}
+
+
+def _rows(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterable[str]:
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + " ---: |" * len(heads)
+    for row in rows:
+        yield f"| {' | '.join(str(cell) for cell in row)} |"
+
+
+def _batch(batch: dict[str, Any]) -> str:
+    return f"{batch['rows']} x {batch['length']} tokens ({batch['data']})"
+
+
+def _times(row: dict[str, Any]) -> list[str]:
+    return [f"{1000 * row['seconds'][name]['median']:.1f}" for name in ("frostline", "bound")]
+
+
+def _ratio(ratio: dict[str, Any], digits: int = 3) -> list[str]:
+    low, high = ratio["interval"]
+    return [f"{ratio['median']:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}"]
+
+
+def _word(answer: bool) -> str:
+    return "yes" if answer else "no"
+
+
+def _machine(report: dict[str, Any]) -> str:
+    machine, packages = report["environment"], report["environment"]["packages"]
+    device = machine.get("gpu", "GPU") if report["device"].startswith("cuda") else machine["processor"]
+    versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "transformers") if name in packages)
+    return f"{device}, {machine['threads']} thread(s), {versions}, {report['date']}. Made with `{report['command']}`."
+
+
+if __name__ == "__main__":
+    main()
