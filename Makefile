@@ -17,7 +17,7 @@ DEMO_RUN := runs/trec-demo-seed0
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv fetch demo test test-faults test-browser lint types
+.PHONY: help venv fetch demo test test-faults test-browser bench lint types
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -58,6 +58,13 @@ test-browser: $(STAMP) ## look at the report in headless Chromium (installs Debi
 		{ command -v apt-get > /dev/null && apt-get update -q && apt-get install -q -y chromium; } || \
 		{ echo "Chromium is needed, and could not be installed here"; exit 1; }
 	$(TEST_ENV) $(BIN)/python -m pytest -m browser
+
+bench: $(STAMP) ## measure everything the README quotes (about two hours on a quiet machine)
+	@$(BIN)/frostline fetch minilm mpnet trec reuters8
+	$(BIN)/python benchmarks/accuracy.py trec --seeds 5
+	$(BIN)/python benchmarks/step_time.py minilm
+	$(BIN)/python benchmarks/step_time.py mpnet --part depths --part statistics
+	$(BIN)/python benchmarks/table.py
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

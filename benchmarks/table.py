@@ -64,8 +64,45 @@ def step_time(report: dict[str, Any]) -> Iterable[str]:
     yield _machine(report)
 
 
+def accuracy(report: dict[str, Any]) -> Iterable[str]:
+    """What ``accuracy.py`` measured."""
+    found = report["comparison"]
+    seeds, loss, speed = found["seeds"], found["loss_points"], found["train_speedup"]
+    low, high = loss["interval_95"]
+    sides = {side: {run["seed"]: run for run in report["runs"] if run["side"] == side} for side in ("full", "ours")}
+    yield f"Recipe `{report['settings']['recipe']}`, {len(seeds)} seeds, both sides in turn in one run:\n"
+    yield from _rows(
+        ["seed", "test accuracy, full", "ours", "training, full", "ours", "speed-up", "frost line (step: depth)"],
+        (
+            [
+                seed,
+                *(f"{found['accuracy'][side][index]:.1f}" for side in sides),
+                *(f"{sides[side][seed]['train_seconds']:.0f} s" for side in sides),
+                f"{speed['per_seed'][index]:.2f}x",
+                ", ".join(f"{move['step']}: {move['depth']}" for move in sides["ours"][seed]["trajectory"]),
+            ]
+            for index, seed in enumerate(seeds)
+        ),
+    )
+    yield ""
+    yield (
+        f"Training {speed['median']:.2f}x faster (median; {speed['min']:.2f} to {speed['max']:.2f}), end to end "
+        f"{found['total_speedup']['median']:.2f}x. Mean accuracy loss {loss['mean']:+.2f} points, 95 % interval "
+        f"{low:+.2f} to {high:+.2f} (bootstrap over items and seeds). Gradient statistics and decisions: "
+        f"{_overhead(sides['ours'].values()):.2%} of training time."
+    )
+    yield ""
+    yield _machine({"device": "cpu", **report})
+
+
+def _overhead(runs: Iterable[dict[str, Any]]) -> float:
+    """Share of training time that went into measuring and deciding, over all runs."""
+    seconds = [(run["seconds"]["statistics"] + run["seconds"]["decide"], run["train_seconds"]) for run in runs]
+    return sum(spent for spent, _ in seconds) / sum(whole for _, whole in seconds)
+
+
 # By what a file's name begins with.
-TABLES: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {"step_time": step_time}
+TABLES: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {"step_time": step_time, "accuracy": accuracy}
 
 
 def _rows(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterable[str]:
