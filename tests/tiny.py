@@ -96,6 +96,7 @@ class PlainNetwork(nn.Module):
         self.trunk = nn.ModuleDict(
             {"cells": nn.ModuleList((Narrow(16) if i % 2 else Residual(24)) for i in range(BLOCKS))}
         )
+        self.norm = nn.BatchNorm1d(WIDTH)
         self.exit = nn.Linear(WIDTH, LABELS)
 
     def forward(self, x: Tensor, labels: Tensor) -> SimpleNamespace:
@@ -103,7 +104,7 @@ class PlainNetwork(nn.Module):
         x = self.entrance(x)
         for cell in self.trunk["cells"]:
             x = cell(x)
-        logits = self.exit(x)
+        logits = self.exit(self.norm(x))
         return SimpleNamespace(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
 
 

@@ -7,7 +7,7 @@ taking them out of the groups breaks ``state_dict`` and the schedulers.
 
 from __future__ import annotations
 
-import types
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -80,8 +80,8 @@ class Freezer:
             if name in prefix:
                 # Thawing starts with fresh moments; resting layers, above the line, keep theirs.
                 self._drop_state(parameter)
-        if decision.depth != self.depth or not self._handles:
-            self._set_line(decision.depth)
+        if (decision.depth, bool(decision.resting)) != (self.depth, bool(self.decision.resting)):
+            self._set_line(decision.depth, resting=bool(decision.resting))
         self.decision = decision
         return Applied(frozen, thawed, sum(p.requires_grad for p in self.stack.model.parameters()))
 
@@ -120,8 +120,8 @@ class Freezer:
 
     # -- the frost line -------------------------------------------------------------------------
 
-    def _set_line(self, depth: int) -> None:
-        """Move eval mode and the boundary to ``depth``; at 0 nothing is installed."""
+    def _set_line(self, depth: int, *, resting: bool = False) -> None:
+        """Move eval mode and the boundary to ``depth``; at 0 nothing is installed, but where layers rest."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -130,29 +130,34 @@ class Freezer:
         self._pinned = self.stack.prefix_modules(depth)
         for module in self._pinned:
             _pin(module)
-        if depth == 0:
-            return
         blocks = self.stack.blocks
+        if depth == 0:
+            if resting:  # with a resting stem the input of block 0 needs no gradient
+                self._handles.append(blocks[0].register_forward_pre_hook(_mend, with_kwargs=True))
+            return
         boundary = blocks[depth]
-        reentrant = _is_reentrant(boundary)
         # Parents may hand in a hidden state that requires gradients (input-require-grads for checkpointing,
         # an adapter on the embedding): cut it at block 0, so that the prefix builds no graph, and at the line.
         self._handles.append(blocks[0].register_forward_pre_hook(_cut, with_kwargs=True))
-        self._handles.append(
-            boundary.register_forward_pre_hook(_cut_reentrant if reentrant else _cut, with_kwargs=True)
-        )
+        self._handles.append(boundary.register_forward_pre_hook(_cut, with_kwargs=True))
+        self._handles.append(boundary.register_forward_pre_hook(_mend, with_kwargs=True))
         if self.stack.noisy_parents:
             self._install_switch(boundary)
 
     def _install_switch(self, boundary: nn.Module) -> None:
         """Run the whole model in eval mode until the boundary: code between the blocks is random too."""
-        model = self.stack.model
-        self._handles.append(model.register_forward_pre_hook(self._switch_off))
         self._handles.append(boundary.register_forward_pre_hook(self._switch_on, prepend=True))
-        self._handles.append(model.register_forward_hook(self._switch_on, always_call=True))
+        # Every ancestor of the stack: a loop may call an inner network and never the outer module (Lightning).
+        parts = self.stack.path.split(".")
+        for depth in range(len(parts)):
+            ancestor = self.stack.model.get_submodule(".".join(parts[:depth]))
+            self._handles.append(ancestor.register_forward_pre_hook(self._switch_off))
+            self._handles.append(ancestor.register_forward_hook(self._switch_on, always_call=True))
 
-    def _switch_off(self, model: nn.Module, _: Any) -> None:
-        self._switched = [m for m in model.modules() if m.training]
+    def _switch_off(self, *_: Any) -> None:
+        if self._switched:
+            return  # an outer ancestor did it
+        self._switched = [m for m in self.stack.model.modules() if m.training]
         for module in self._switched:
             module.training = False
 
@@ -165,11 +170,11 @@ class Freezer:
 def _pin(module: nn.Module) -> None:
     """Put ``module`` in eval mode and keep it there, whoever calls ``model.train()``.
 
-    The instance's ``train`` is replaced by a bound function, not a closure, so that ``copy.deepcopy`` of the
-    model binds the copy; a flag rather than a hook, so that ``torch.compile`` sees a constant.
+    The instance's ``train`` is replaced by a partial, not a closure, so that a model can be copied and pickled while
+    frozen; a flag rather than a hook, so that ``torch.compile`` sees a constant.
     """
     module.eval()
-    module.train = types.MethodType(_stay_in_eval, module)  # type: ignore[method-assign]
+    module.train = functools.partial(_stay_in_eval, module)  # type: ignore[method-assign]
 
 
 def _unpin(module: nn.Module, mode: bool) -> None:
@@ -197,12 +202,15 @@ def _cut(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     return _replace(args, kwargs, hidden, hidden.detach())
 
 
-def _cut_reentrant(
-    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _mend(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The same, and ask for its gradient: reentrant checkpointing gives a block's weights none without."""
+    """Ask for the gradient of the hidden state: reentrant checkpointing gives a block's weights none without.
+
+    Looked at in each pass, because checkpointing may be switched on after freezing.
+    """
     hidden = first_tensor(args, kwargs)
-    if hidden is None or not torch.is_grad_enabled():
+    if hidden is None or hidden.requires_grad or not torch.is_grad_enabled() or not _is_reentrant(block):
         return None
     return _replace(args, kwargs, hidden, hidden.detach().requires_grad_(True))
 

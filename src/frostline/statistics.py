@@ -27,7 +27,8 @@ class GradientSum:
     """
 
     def __init__(self, blocks: Mapping[int, Mapping[str, nn.Parameter]]) -> None:
-        self._blocks = {block: dict(parameters) for block, parameters in blocks.items()}
+        self._all = {block: dict(parameters) for block, parameters in blocks.items()}
+        self._blocks = self._all
         self._sums: dict[str, torch.Tensor] = {}
         self.steps = 0
 
@@ -71,7 +72,7 @@ class GradientSum:
     def reset(self, active: Iterable[int]) -> None:
         """Start a new interval for the ``active`` blocks; the memory of the others is given back."""
         keep = set(active)
-        self._blocks = {block: parameters for block, parameters in self._blocks.items() if block in keep}
+        self._blocks = {block: parameters for block, parameters in self._all.items() if block in keep}
         names = {name for parameters in self._blocks.values() for name in parameters}
         self._sums = {name: value for name, value in self._sums.items() if name in names}
         if self._sums:
