@@ -6,7 +6,6 @@ accumulated gradient is there and not yet clipped, and :meth:`Frostline.after_st
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from frostline.events import EventLog, environment
 from frostline.freezer import Freezer
 from frostline.policies.base import Decision, Explained, Observation, Plan
 from frostline.policies.registry import create, validate
-from frostline.state import load_state, save_state
+from frostline.state import fingerprint, load_state, save_state
 from frostline.statistics import GradientSum
 
 __all__ = ["Frostline", "Summary", "check_cache"]
@@ -104,16 +103,16 @@ class Frostline:
         self.log = events if isinstance(events, EventLog) else EventLog(events)
         self.policy_name, self.policy_options = policy, checked.model_dump()
         self.scaler = scaler
-        self.step = self.samples = self.evaluations = 0
+        self.step = self.samples = self.evaluations = self._final_depth = self._changes = 0
         self.limits: list[str] = []
         self.trajectory: list[dict[str, int]] = []
         self.seconds = {"statistics": 0.0, "decide": 0.0}
-        self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
+        self._steps_per_epoch, self._batch_size, self._blocks_path = steps_per_epoch, batch_size, blocks
         self._samples_per_epoch = min(samples_per_epoch or steps_per_epoch * batch_size, steps_per_epoch * batch_size)
         self._model_class = type(model).__name__
         self._active = policy != "none"
         self._statistics: GradientSum | None = None
-        self._final_depth = self._changes = 0
+        self._parting: dict[str, Any] = {}
         if not self._active:
             return
         _refuse_wrapper(model)
@@ -121,7 +120,6 @@ class Frostline:
         self._max_changes = COMPILED_DEPTH_CHANGES if max_depth_changes is None and compiled else max_depth_changes
         self.stack = BlockStack.find(model, blocks)
         self._model_class = type(self.stack.model).__name__
-        self._blocks_path = blocks
         self.plan = Plan(
             block_paths=tuple(self.stack.block_paths),
             stem_paths=self.stack.paths_of("stem"),
@@ -145,11 +143,12 @@ class Frostline:
             self.limit("model", message)
         self._measure()
         self._first_forward: torch.utils.hooks.RemovableHandle | None = None
-        if not self.stack.traced:
-            # Outside of what torch.compile traces: on its wrapper where there is one, else as a break in the graph.
-            watched = model if hasattr(model, "_orig_mod") else self.stack.model
-            look = torch.compiler.disable(self._see_inputs) if compiled else self._see_inputs  # type: ignore[no-untyped-call]
-            self._first_forward = watched.register_forward_pre_hook(look, with_kwargs=True)
+        if not self.stack.traced and compiled and not hasattr(model, "_orig_mod"):
+            self.limit("order", "compiled in place, a model hides its inputs: registration order tells its stem")
+        elif not self.stack.traced:
+            # On the wrapper of torch.compile, where there is one: inside of it the look itself would be compiled.
+            watched = model if compiled else self.stack.model
+            self._first_forward = watched.register_forward_pre_hook(self._see_inputs, with_kwargs=True)
         self._apply(self.policy.start())
 
     # -- what adapters and users call ---------------------------------------------------------------
@@ -193,6 +192,7 @@ class Frostline:
         """Thaw the model and take away everything that was installed."""
         if self._active:
             self._final_depth = self.depth
+            self._parting = {**self._freezing_state(), "interval_steps": 0}
             if self._first_forward is not None:
                 self._first_forward.remove()
             self.freezer.release()
@@ -231,16 +231,18 @@ class Frostline:
             "limits": self.limits,
             "events_offset": self.log.offset(),
         }
-        tensors: dict[str, torch.Tensor] = {}
-        if self._active:
-            decision = self.freezer.decision
-            state["model"] = self._fingerprint()
-            state["decision"] = {"depth": decision.depth, "resting": sorted(decision.resting)}
-            state["policy_state"] = self.policy.state_dict()
-            if self._statistics is not None:
-                state["interval_steps"] = self._statistics.steps
-                tensors = self._statistics.tensors()
-        return {"state": state, "tensors": tensors}
+        # After finish() the sums are gone: who continues from there starts a new interval.
+        state.update(self._freezing_state() if self._active else self._parting)
+        return {"state": state, "tensors": self._statistics.tensors() if self._statistics is not None else {}}
+
+    def _freezing_state(self) -> dict[str, Any]:
+        decision, statistics = self.freezer.decision, self._statistics
+        return {
+            "model": fingerprint(self.stack.model, len(self.stack)),
+            "decision": {"depth": decision.depth, "resting": sorted(decision.resting)},
+            "policy_state": self.policy.state_dict(),
+            "interval_steps": statistics.steps if statistics is not None else 0,
+        }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`: the frozen set is applied at once.
@@ -256,10 +258,8 @@ class Frostline:
             )
         if self._active and "model" not in state:
             raise ResumeError("the state was taken after finish(), when nothing was frozen any more: take it before")
-        if self._active and state["model"] != self._fingerprint():
-            raise ResumeError(
-                f"the checkpoint belongs to another model: {state['model']}, this one is {self._fingerprint()}"
-            )
+        if self._active and state["model"] != (here := fingerprint(self.stack.model, len(self.stack))):
+            raise ResumeError(f"the checkpoint belongs to another model: {state['model']}, this one is {here}")
         self.step, self.samples, self.evaluations = state["step"], state["samples"], state["evaluations"]
         self.trajectory, self._changes = list(state["trajectory"]), state["changes"]
         self.seconds, self.limits = dict(state["seconds"]), list(state["limits"])
@@ -360,18 +360,16 @@ class Frostline:
         self.freezer.release()
         self.stack = BlockStack.find(model, self._blocks_path, (args, kwargs))
         self.freezer = Freezer(self.stack, optimizer)
+        before = self._statistics
         self._measure()
         self.freezer.apply(decision)
         if self._statistics is not None:
-            self._statistics.reset(range(decision.depth, len(self.stack)))
+            active = range(decision.depth, len(self.stack))
+            self._statistics.reset(active)
+            if before is not None and before.steps:  # resumed in the middle of an interval
+                self._statistics.load(before.tensors(), before.steps, active)
         for message in self.stack.limits:
             self.limit("model", message)
-
-    def _fingerprint(self) -> dict[str, Any]:
-        """Class, number of blocks and a hash of all parameter names and shapes."""
-        named = sorted((n, tuple(p.shape)) for n, p in self.stack.model.named_parameters())
-        digest = hashlib.sha256(repr(named).encode()).hexdigest()[:16]
-        return {"class": self._model_class, "blocks": len(self.stack), "parameters": digest}
 
     def _log_run(self) -> None:
         self.log.append(

@@ -80,7 +80,7 @@ class FrostlineCallback(pl.Callback):
         if len(trainer.optimizers) != 1:
             raise ModelError(f"{len(trainer.optimizers)} optimizers: Frostline freezes for exactly one")
         total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
-        if not math.isfinite(total):
+        if not 0 < total < math.inf:
             raise ConfigError(
                 "the length of the run is unknown: give the Lightning Trainer max_steps or a sized loader"
             )
