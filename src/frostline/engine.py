@@ -256,8 +256,6 @@ class Frostline:
                 f"the checkpoint was made with policy {state['policy']} {state['options']}, this run has "
                 f"{self.policy_name} {self.policy_options}: resume with the same, or start anew"
             )
-        if self._active and "model" not in state:
-            raise ResumeError("the state was taken after finish(), when nothing was frozen any more: take it before")
         if self._active and state["model"] != (here := fingerprint(self.stack.model, len(self.stack))):
             raise ResumeError(f"the checkpoint belongs to another model: {state['model']}, this one is {here}")
         self.step, self.samples, self.evaluations = state["step"], state["samples"], state["evaluations"]

@@ -7,7 +7,6 @@ taking them out of the groups breaks ``state_dict`` and the schedulers.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -167,23 +166,38 @@ class Freezer:
         self._switched = []
 
 
-def _pin(module: nn.Module) -> None:
-    """Put ``module`` in eval mode and keep it there, whoever calls ``model.train()``.
+class _StayInEval:
+    """Stands in for the ``train`` of a pinned module, and knows the modes it would have without the pin.
 
-    The instance's ``train`` is replaced by a partial, not a closure, so that a model can be copied and pickled while
-    frozen; a flag rather than a hook, so that ``torch.compile`` sees a constant.
+    An object, not a closure or a bound function: ``copy.deepcopy`` and ``pickle`` of the model bind the copy. A flag
+    rather than a hook keeps the module in eval mode, so that ``torch.compile`` sees a constant.
     """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.modes = [(inner, inner.training) for inner in module.modules()]
+        self.trained = False
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        self.trained = self.trained or mode
+        return nn.Module.train(self.module, False)
+
+
+def _pin(module: nn.Module) -> None:
+    """Put ``module`` in eval mode and keep it there, whoever calls ``model.train()``."""
+    pin = _StayInEval(module)
     module.eval()
-    module.train = functools.partial(_stay_in_eval, module)  # type: ignore[method-assign]
+    module.train = pin  # type: ignore[method-assign]
 
 
 def _unpin(module: nn.Module, mode: bool) -> None:
-    module.__dict__.pop("train", None)
-    module.train(mode)
-
-
-def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
-    return nn.Module.train(module, False)
+    """Put back what ``module.train`` would have made of it: where nobody called it, the modes that it had."""
+    pin = vars(module).pop("train")
+    if pin.trained or not mode:
+        module.train(mode)
+        return
+    for inner, had in pin.modes:
+        inner.training = had
 
 
 def _is_reentrant(block: nn.Module) -> bool:

@@ -175,16 +175,22 @@ def _reached(tensor: torch.Tensor) -> set[int]:
 def undisturbed(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
     """Put back flags, ``requires_grad``, buffers and the random state."""
     training = [(m, m.training) for m in model.modules()]
+    # model.compile() would trace the hooks of this pass, and compile them.
+    compiled = [(m, m._compiled_call_impl) for m in model.modules() if m._compiled_call_impl is not None]
     inside = {id(p) for b in blocks for p in b.parameters()}
     outside = [(p, p.requires_grad) for p in model.parameters() if id(p) not in inside and p.is_floating_point()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), _numpy_state():
         try:
+            for module, _ in compiled:
+                module._compiled_call_impl = None
             for parameter, _ in outside:
                 parameter.requires_grad_(True)
             yield
         finally:
+            for module, call in compiled:
+                module._compiled_call_impl = call
             for module, flag in training:
                 module.training = flag
             for parameter, flag in outside:

@@ -54,7 +54,6 @@ class FrostlineCallback(pl.Callback):
         self._settings = {"policy": policy, "blocks": blocks, **options}
         self._max_depth_changes = max_depth_changes
         self._saved: dict[str, Any] | None = None
-        self._finished: dict[str, Any] | None = None
         self._counted = 0
 
     @property
@@ -69,7 +68,7 @@ class FrostlineCallback(pl.Callback):
         return self.engine.summary()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+        if stage == "fit" and isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
             name = type(trainer.strategy).__name__
             raise ModelError(
                 f"{name} cannot change what is frozen while it trains in this version; use "
@@ -103,7 +102,7 @@ class FrostlineCallback(pl.Callback):
             max_depth_changes=moves,
             **self._settings,
         )
-        self._counted, self._finished = trainer.global_step, None
+        self._counted = trainer.global_step
         if self._saved is not None:
             self.engine.load_state_dict(self._saved)
             self._saved = None
@@ -123,8 +122,6 @@ class FrostlineCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.engine is not None:
-            # A checkpoint saved from now on can be trained further: it needs the state that finish() gives up.
-            self._finished = self.engine.state_dict()
             self.engine.finish()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -133,8 +130,6 @@ class FrostlineCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Goes into Lightning's checkpoint: tensors and JSON values."""
-        if self._finished is not None:
-            return self._finished
         return self.engine.state_dict() if self.engine is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

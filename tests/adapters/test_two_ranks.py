@@ -1,0 +1,59 @@
+"""Law 5 under a real DistributedDataParallel: two processes, gloo, the Trainer's own default of unused parameters."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.adapters.hosts import batches, bert, plain_sums
+from tests.adapters.two_ranks import CASES, RATE
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the two ranks saw; each checks law 1 at every step by itself."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+         "tests.adapters.two_ranks", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr[-4000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_agree(name: str, ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank[name] for rank in ranks)
+    assert first["decisions"], "nothing was decided: the test shows nothing"
+    assert max(first["frozen"]) > 0, "nothing froze: the test shows nothing"
+    assert first == second, "decisions, the numbers behind them, frozen sets or weights differ between the ranks"
+    assert first["samples"] == 128, "samples count all ranks"
+    if name != "random-blocks":
+        assert first["trajectory"][-1]["depth"] > 0
+
+
+def test_statistic_is_that_of_both_ranks(ranks: list[dict[str, Any]]) -> None:
+    """Two ranks with 4 rows each count as one batch of 8: the reduced gradient, not the local one."""
+    expected = plain_sums(bert(), [[b] for b in batches(8)[:2]], RATE)
+    scores = ranks[0]["gradient-norm"]["decisions"][0]["observation"]["scores"]
+    assert {int(k): v for k, v in scores.items()} == pytest.approx(expected, rel=1e-4)
+
+
+def test_ranks_refuse_what_cannot_work(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        explicit, checkpointing = rank["refused"]
+        assert "ddp_find_unused_parameters=False" in explicit
+        assert "find_unused_parameters=True" in checkpointing
