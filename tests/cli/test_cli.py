@@ -93,12 +93,13 @@ def test_a_run_and_everything_that_reads_it(workbench: Path) -> None:
 
 def test_ctrl_c_says_how_to_go_on(workbench: Path) -> None:
     content = recipe_content(workbench)
-    content["training"] |= {"num_train_epochs": 6, "save_total_limit": 2}
+    # Seconds of training after the first checkpoint, so that Ctrl-C comes in time on a busy machine too.
+    content["training"] |= {"num_train_epochs": 24, "save_strategy": "steps", "save_steps": 100, "eval_strategy": "no"}
     recipe = write_recipe_file(workbench / "tiny.yaml", content)
     with subprocess.Popen(
         [*COMMAND, "run", str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        state = workbench / "run" / "checkpoints" / "checkpoint-10" / "trainer_state.json"
+        state = workbench / "run" / "checkpoints" / "checkpoint-100" / "trainer_state.json"
         deadline = time.monotonic() + 120
         while not state.exists() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.02)
@@ -109,7 +110,7 @@ def test_ctrl_c_says_how_to_go_on(workbench: Path) -> None:
     assert "resume=true continues from the last checkpoint" in err.splitlines()[-1]
     code, out, err = invoke("run", recipe, "resume=true")
     assert code == 0, err
-    assert "72 steps" in out
+    assert "288 steps" in out
 
 
 @pytest.mark.parametrize(
