@@ -24,7 +24,7 @@ from frostline.policies.registry import create, validate
 from frostline.state import fingerprint, load_state, save_state
 from frostline.statistics import GradientSum
 
-__all__ = ["Frostline", "Summary", "check_cache"]
+__all__ = ["Frostline", "Summary", "check_cache", "plan_for"]
 
 logger = logging.getLogger("frostline")
 
@@ -37,6 +37,12 @@ def check_cache(mode: str) -> None:
     """Until the storage manager is there, only ``off`` is a valid cache mode."""
     if mode != "off":
         raise ConfigError(f"cache={mode!r}: the storage manager is not part of this version yet. Valid choices: off")
+
+
+def plan_for(stack: BlockStack, samples_per_step: int, samples_per_epoch: int, epochs: float) -> Plan:
+    """What a policy is told of a run that trains ``stack``."""
+    stem, head = stack.paths_of("stem"), stack.paths_of("head")
+    return Plan(tuple(stack.block_paths), stem, head, samples_per_step, samples_per_epoch, epochs)
 
 
 class Summary(dict[str, Any]):
@@ -120,14 +126,7 @@ class Frostline:
         self._max_changes = COMPILED_DEPTH_CHANGES if max_depth_changes is None and compiled else max_depth_changes
         self.stack = BlockStack.find(model, blocks)
         self._model_class = type(self.stack.model).__name__
-        self.plan = Plan(
-            block_paths=tuple(self.stack.block_paths),
-            stem_paths=self.stack.paths_of("stem"),
-            head_paths=self.stack.paths_of("head"),
-            samples_per_step=batch_size,
-            samples_per_epoch=self._samples_per_epoch,
-            epochs=epochs,
-        )
+        self.plan = plan_for(self.stack, batch_size, self._samples_per_epoch, epochs)
         self.policy = create(policy, options, self.plan)
         self._cadence = self.policy.cadence()
         self.freezer = Freezer(self.stack, optimizer)

@@ -205,9 +205,10 @@ def test_bad_options(options: dict[str, Any], words: list[str], tmp_path: Path) 
 @pytest.mark.parametrize("options", [{"policy": "static", "depth": 4}, {"policy": "random-blocks", "active": 5}])
 def test_options_that_do_not_fit_the_model(options: dict[str, Any], tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path)
-    frostline.attach(trainer, **options)
+    before = _installed(trainer)
     with pytest.raises(ConfigError, match="4 blocks"):
-        trainer.train()
+        frostline.attach(trainer, **options)
+    assert _installed(trainer) == before
     assert_ordinary(trainer.model)
 
 

@@ -105,6 +105,7 @@ def _third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[frostline.policies]\ntheirs = their_policies:Theirs\nramp = their_policies:Theirs\n"
+        "broken = no_such_module:It\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -114,6 +115,7 @@ def test_entry_point_of_another_package() -> None:
     from tests.adapters.hosts import bert
 
     assert "theirs" in available()
+    assert "broken" not in available(), "one package that cannot be loaded must not take the others with it"
     assert available()["ramp"].__module__ == "frostline.policies.ramp", "a shipped name cannot be taken over"
     frost = frostline.Frostline(bert(), None, policy="theirs", blocks=None, steps_per_epoch=4, epochs=1)
     assert frost.depth == 1

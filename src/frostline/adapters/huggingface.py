@@ -36,10 +36,10 @@ from transformers import (
 from frostline.adapters.checkpoints import check, newest_complete
 from frostline.adapters.randomness import capture, restore
 from frostline.blocks import BlockStack
-from frostline.engine import Frostline, Summary, check_cache
+from frostline.engine import Frostline, Summary, check_cache, plan_for
 from frostline.errors import ConfigError, FrostlineError, ModelError, ResumeError
 from frostline.events import EventLog
-from frostline.policies.registry import validate
+from frostline.policies.registry import create, validate
 from frostline.state import has_state
 
 __all__ = ["Frost", "attach"]
@@ -82,7 +82,8 @@ def attach(
     else:
         _refuse(trainer)
         if trainer.model is not None:
-            BlockStack.find(trainer.model, blocks)  # say now, not an hour into the job, what cannot be frozen
+            # Say now, not an hour into the job, what cannot be frozen; the sizes do not matter for that.
+            create(policy, options, plan_for(BlockStack.find(trainer.model, blocks), 1, 1, 1))
         frost._install()
     return frost
 

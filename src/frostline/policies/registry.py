@@ -6,6 +6,7 @@ point in the group ``frostline.policies`` that names the class.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -24,6 +25,8 @@ __all__ = ["ENTRY_POINT_GROUP", "available", "create", "register", "validate"]
 
 ENTRY_POINT_GROUP = "frostline.policies"
 
+logger = logging.getLogger("frostline")
+
 _REGISTERED: dict[str, type[Policy[Any]]] = {
     policy.name: policy for policy in (NoFreezing, Static, Ramp, RandomBlocks, GradientNorm)
 }
@@ -39,11 +42,14 @@ def register(policy: type[Policy[Any]]) -> type[Policy[Any]]:
 
 
 def available() -> dict[str, type[Policy[Any]]]:
-    """Every policy by name, those of installed packages included."""
+    """Every policy by name, those of installed packages included; one that cannot be loaded is left out with a word."""
     found = dict(_REGISTERED)
     for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
         if entry.name not in found:
-            found[entry.name] = entry.load()
+            try:
+                found[entry.name] = entry.load()
+            except Exception as error:  # somebody else's package: it must not take the other policies with it
+                logger.warning("policy %r (%s) cannot be loaded: %s", entry.name, entry.value, error)
     return found
 
 
