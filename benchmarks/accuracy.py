@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from frostline.events import environment
+from frostline.events import TRAINING_PHASES, environment
 from frostline.recipes.runner import run
 from frostline.recipes.schema import Recipe, load_recipe
 from frostline.tasks.text_classification import prepare
@@ -33,8 +33,6 @@ from frostline.tasks.text_classification import prepare
 RESULTS = Path(__file__).parent / "results"
 SIDES = ("full", "ours")
 DRAWS = 10_000
-# The phases of a run's time split that belong to training.
-TRAINING = ("train", "statistics", "decide")
 
 
 def main() -> None:
@@ -82,7 +80,7 @@ def one_run(name: str, overrides: list[str], side: str, seed: int) -> dict[str, 
         "seed": seed,
         "side": side,
         "policy": summary["policy"],
-        "train_seconds": sum(summary["seconds"][phase] for phase in TRAINING),
+        "train_seconds": sum(summary["seconds"][phase] for phase in TRAINING_PHASES),
         "total_seconds": summary["seconds"]["total"],
         "seconds": summary["seconds"],
         "steps": summary["steps"],

@@ -18,7 +18,13 @@ from typing import Any
 
 import torch
 
-__all__ = ["EventLog", "environment", "json_safe", "read_events"]
+__all__ = ["PHASES", "TRAINING_PHASES", "EventLog", "environment", "json_safe", "read_events"]
+
+PHASES = ("train", "statistics", "decide", "evaluate", "save", "other")
+"""The parts of the wall-clock time of a run; they do not overlap and add up to ``total``."""
+
+TRAINING_PHASES = ("train", "statistics", "decide")
+"""Those that are training time: the steps, and what measuring and deciding cost."""
 
 
 def json_safe(value: Any) -> Any:

@@ -8,7 +8,6 @@ taking them out of the groups breaks ``state_dict`` and the schedulers.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,16 +18,7 @@ from frostline.errors import ConfigError, choices_message
 from frostline.policies.base import Decision
 from frostline.trace import first_tensor
 
-__all__ = ["Applied", "Freezer"]
-
-
-@dataclass(frozen=True)
-class Applied:
-    """What one call of :meth:`Freezer.apply` changed: parameter counts."""
-
-    frozen: int
-    thawed: int
-    trainable: int
+__all__ = ["Freezer"]
 
 
 class Freezer:
@@ -53,7 +43,7 @@ class Freezer:
     def depth(self) -> int:
         return self.decision.depth
 
-    def apply(self, decision: Decision) -> Applied:
+    def apply(self, decision: Decision) -> None:
         """Make the model what ``decision`` says.
 
         Raises:
@@ -68,11 +58,8 @@ class Freezer:
                 f"depth {decision.depth} with {len(decision.resting)} resting modules freezes every trainable "
                 "parameter: nothing would be left to train"
             )
-        frozen = thawed = 0
         for name, parameter in self.stack.model.named_parameters():
             wanted = name in self._trainable and name not in quiet
-            frozen += parameter.requires_grad and not wanted
-            thawed += wanted and not parameter.requires_grad
             parameter.requires_grad_(wanted)
             if not wanted:
                 parameter.grad = None
@@ -82,7 +69,6 @@ class Freezer:
         if (decision.depth, bool(decision.resting)) != (self.depth, bool(self.decision.resting)):
             self._set_line(decision.depth, resting=bool(decision.resting))
         self.decision = decision
-        return Applied(frozen, thawed, sum(p.requires_grad for p in self.stack.model.parameters()))
 
     def release(self) -> None:
         """Thaw everything and take away every hook and pin: the model is an ordinary one again."""
@@ -90,10 +76,6 @@ class Freezer:
             parameter.requires_grad_(name in self._trainable)
         self._set_line(0)
         self.decision = Decision()
-
-    def frozen_names(self) -> list[str]:
-        """Names of the parameters that the present decision keeps from training."""
-        return [n for n, p in self.stack.model.named_parameters() if n in self._trainable and not p.requires_grad]
 
     # -- checks ---------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ import frostline.engine
 import frostline.state
 from frostline.errors import ResumeError
 from frostline.events import read_events
-from frostline.freezer import Applied, Freezer
+from frostline.freezer import Freezer
 from frostline.policies.base import Decision
 from frostline.statistics import GradientSum
 
@@ -225,11 +225,10 @@ def aim(trainer: Trainer, point: str) -> None:
 def _die_once_frozen(depth: int) -> None:
     original = Freezer.apply
 
-    def apply(self: Freezer, decision: Decision) -> Applied:
-        applied = original(self, decision)
+    def apply(self: Freezer, decision: Decision) -> None:
+        original(self, decision)
         if decision.depth >= depth:
             die()
-        return applied
 
     Freezer.apply = apply  # type: ignore[method-assign]
 

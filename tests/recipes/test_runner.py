@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from frostline.adapters.recorder import PHASES, Recorder
+from frostline.adapters.recorder import Recorder
 from frostline.errors import ConfigError, FrostlineError, ResumeError
-from frostline.events import read_events
+from frostline.events import PHASES, read_events
 from frostline.recipes.runner import RunInterrupted, RunResult, run
 from frostline.recipes.schema import Recipe
 from tests.recipes.workbench import BLOCKS, recipe_content

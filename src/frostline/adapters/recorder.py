@@ -19,12 +19,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from frostline.adapters.huggingface import Frost
-from frostline.events import EventLog, environment
+from frostline.events import PHASES, EventLog, environment
 
-__all__ = ["PHASES", "Recorder", "plain_metrics"]
-
-PHASES = ("train", "statistics", "decide", "evaluate", "save", "other")
-"""The parts of the wall-clock time; they do not overlap and add up to ``total``."""
+__all__ = ["Recorder", "plain_metrics"]
 
 _INTERVALS_PER_EPOCH = 5
 _RECENT = 50  # steps whose median is shown

@@ -62,13 +62,14 @@ def register(app: typer.Typer) -> None:
 def _in_short(summary: dict[str, object]) -> str:
     """A finished run in three lines."""
     from frostline.engine import Summary
+    from frostline.events import TRAINING_PHASES
 
     split, scores = ("test", summary["test"]) if summary["test"] else ("validation", summary["metrics"])
     seconds = summary["seconds"]
     assert isinstance(scores, dict)
     assert isinstance(seconds, dict)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-    training = sum(seconds[phase] for phase in ("train", "statistics", "decide"))
+    training = sum(seconds[phase] for phase in TRAINING_PHASES)
     return f"{Summary(summary)}\n{split}: {shown}\n{training:.1f} s training, {seconds['total']:.1f} s in all"
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frostline.errors import FrostlineError
+from frostline.events import PHASES
 from frostline.report.compare import compare, depth_text, policy_text, speed_ups
-from frostline.report.run import PHASES, Run, as_number, load_run, results
+from frostline.report.run import Run, as_number, load_run, results
 
 if TYPE_CHECKING:
     from frostline.report.plots import Plot

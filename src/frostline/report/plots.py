@@ -21,7 +21,8 @@ from matplotlib.colors import ListedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from frostline.report.run import PHASES, Run, as_number, results
+from frostline.events import PHASES
+from frostline.report.run import Run, as_number, results
 
 __all__ = ["Plot", "decision_plot", "evaluation_plot", "loss_plot", "step_plot", "time_plot", "trajectory_plot"]
 

@@ -15,11 +15,10 @@ from typing import Any
 import yaml
 
 from frostline.errors import FrostlineError
-from frostline.events import read_events
+from frostline.events import PHASES, TRAINING_PHASES, read_events
 
-__all__ = ["PHASES", "Point", "Run", "as_number", "load_run", "results"]
+__all__ = ["Point", "Run", "as_number", "load_run", "results"]
 
-PHASES = ("train", "statistics", "decide", "evaluate", "save", "other")
 """The parts of a run's wall-clock time; they do not overlap and add up to ``total``."""
 
 # What transformers adds to the metrics of an evaluation; these are timings, not results.
@@ -159,7 +158,7 @@ class Run:
     @property
     def training_seconds(self) -> float:
         """Seconds of the training loop, with what measuring and deciding cost."""
-        return sum(self.seconds.get(phase, 0.0) for phase in ("train", "statistics", "decide"))
+        return sum(self.seconds.get(phase, 0.0) for phase in TRAINING_PHASES)
 
     @property
     def validation(self) -> dict[str, float]:
