@@ -3,11 +3,12 @@
     python benchmarks/accuracy.py trec --seeds 5            # writes benchmarks/results/accuracy-trec.json
     python benchmarks/accuracy.py 20newsgroups --seeds 3 data.train_limit=1500
 
-For every seed the recipe runs twice, with its own policy and with policy ``none``, from the same initial weights, in
-the same process and in turn (the side that goes first alternates). Training time is the time inside training steps,
-data waiting, gradient statistics and decisions included; total time runs from data preparation to the saved
-model. The accuracy loss (plain minus ours, in points) is compared item by item on the test split; its 95 % interval
-comes from a bootstrap over items and seeds. A run that was cut off goes on where it stopped.
+For every seed the recipe runs twice, with its own policy and cache and with policy ``none``, from the same initial
+weights, in the same process and in turn (the side that goes first alternates). Training time is the time inside
+training steps, data waiting, gradient statistics, decisions and the cache's checks and writes included; total time
+runs from data preparation to the saved model. The accuracy loss (plain minus ours, in points) is compared item by item
+on the test split; its 95 % interval comes from a bootstrap over items and seeds. A run that was cut off goes on where
+it stopped.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ def one_run(name: str, overrides: list[str], side: str, seed: int) -> dict[str, 
         "validation": summary["metrics"],
         "test": summary["test"],
         "trajectory": summary["trajectory"],
+        "cache": summary["cache"],
+        "limits": summary["limits"],
         "correct": "".join(str(int(c)) for c in correct),
     }
 

@@ -101,8 +101,33 @@ def _overhead(runs: Iterable[dict[str, Any]]) -> float:
     return sum(spent for spent, _ in seconds) / sum(whole for _, whole in seconds)
 
 
+def cache(report: dict[str, Any]) -> Iterable[str]:
+    """What ``cache.py`` measured."""
+    for shape in report["shapes"]:
+        batch, rounds = _batch(shape["batch"]), shape["rounds"]
+        yield f"A fully cached step of {report['model']} by depth, {batch}, median of {rounds} rounds:\n"
+        yield from _rows(
+            ["depth", "cached, ms", "truncated model, ms", "ratio", "95 % interval", "faster than uncached"],
+            (
+                [
+                    row["depth"],
+                    *(f"{1000 * row['seconds'][name]['median']:.1f}" for name in ("cached", "truncated")),
+                    *_ratio(row["ratio"]),
+                    f"{row['speedup_over_uncached']['median']:.2f}x",
+                ]
+                for row in shape["depths"]
+            ),
+        )
+        yield ""
+    yield _machine(report)
+
+
 # By what a file's name begins with.
-TABLES: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {"step_time": step_time, "accuracy": accuracy}
+TABLES: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
+    "accuracy": accuracy,
+    "cache": cache,
+    "step_time": step_time,
+}
 
 
 def _rows(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterable[str]:

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from frostline.adapters.huggingface import attach
     from frostline.adapters.lightning import FrostlineCallback
     from frostline.blocks import BlockStack
-    from frostline.engine import Frostline, Summary
+    from frostline.engine import Frostline
     from frostline.events import EventLog
     from frostline.policies import Decision, Policy, register
+    from frostline.summary import Summary
 
 __all__ = [
     "BlockStack",
@@ -49,7 +50,7 @@ _LAZY = {
     "Frostline": "frostline.engine",
     "FrostlineCallback": "frostline.adapters.lightning",
     "Policy": "frostline.policies",
-    "Summary": "frostline.engine",
+    "Summary": "frostline.summary",
     "attach": "frostline.adapters.huggingface",
     "register": "frostline.policies",
 }

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from frostline.blocks import BlockStack
+from frostline.cache import CacheManager, check_cache
 from frostline.errors import ConfigError, ModelError, ResumeError
 from frostline.events import EventLog, environment
 from frostline.freezer import Freezer
@@ -23,8 +24,9 @@ from frostline.policies.base import Decision, Explained, Observation, Plan
 from frostline.policies.registry import create, validate
 from frostline.state import fingerprint, load_state, save_state
 from frostline.statistics import GradientSum
+from frostline.summary import Summary
 
-__all__ = ["Frostline", "Summary", "check_cache", "plan_for"]
+__all__ = ["Frostline", "plan_for"]
 
 logger = logging.getLogger("frostline")
 
@@ -33,31 +35,10 @@ logger = logging.getLogger("frostline")
 COMPILED_DEPTH_CHANGES = 6
 
 
-def check_cache(mode: str) -> None:
-    """Until the storage manager is there, only ``off`` is a valid cache mode."""
-    if mode != "off":
-        raise ConfigError(f"cache={mode!r}: the storage manager is not part of this version yet. Valid choices: off")
-
-
 def plan_for(stack: BlockStack, samples_per_step: int, samples_per_epoch: int, epochs: float) -> Plan:
     """What a policy is told of a run that trains ``stack``."""
     stem, head = stack.paths_of("stem"), stack.paths_of("head")
     return Plan(tuple(stack.block_paths), stem, head, samples_per_step, samples_per_epoch, epochs)
-
-
-class Summary(dict[str, Any]):
-    """The summary of a run: a dictionary that prints as a few readable lines."""
-
-    def __str__(self) -> str:
-        moves = " -> ".join(f"{m['depth']} (step {m['step']})" for m in self["trajectory"]) or "none"
-        lines = [
-            f"policy {self['policy']['name']} {self['policy']['options'] or ''}".rstrip(),
-            f"frost line at {self['final_depth']} of {self['blocks']} blocks after {self['steps']} steps: {moves}",
-            f"{self['decisions']} decisions, {self['seconds']['statistics']:.2f} s statistics, "
-            f"{self['seconds']['decide']:.2f} s deciding",
-            *(f"limit: {message}" for message in self["limits"]),
-        ]
-        return "\n".join(lines)
 
 
 class Frostline:
@@ -67,7 +48,7 @@ class Frostline:
         model: any module; wrappers (DDP, ``torch.compile``) are looked through.
         optimizer: built with all parameters; frozen ones stay in their groups.
         policy: name of a policy (``frostline.policies.available()``).
-        cache: ``off``.
+        cache: ``memory`` keeps boundary activations in host memory and skips the frozen prefix; ``off``.
         steps_per_epoch: optimizer steps in an epoch.
         epochs: epochs in the run (may be fractional).
         batch_size: samples per optimizer step over all ranks and micro-batches. With the default of 1, "samples"
@@ -119,6 +100,8 @@ class Frostline:
         self._active = policy != "none"
         self._statistics: GradientSum | None = None
         self._parting: dict[str, Any] = {}
+        self.cache: CacheManager | None = None
+        self._cached: dict[str, Any] | None = None
         if not self._active:
             return
         _refuse_wrapper(model)
@@ -141,6 +124,7 @@ class Frostline:
         for message in self.stack.limits:
             self.limit("model", message)
         self._measure()
+        self.cache = self._make_cache(cache, compiled)
         self._first_forward: torch.utils.hooks.RemovableHandle | None = None
         if not self.stack.traced and compiled and not hasattr(model, "_orig_mod"):
             self.limit("order", "compiled in place, a model hides its inputs: registration order tells its stem")
@@ -194,6 +178,10 @@ class Frostline:
             self._parting = {**self._freezing_state(), "interval_steps": 0}
             if self._first_forward is not None:
                 self._first_forward.remove()
+            if self.cache is not None:
+                self._cached = self.cache.summary()
+                self.cache.close()
+                self.cache = None
             self.freezer.release()
             self._active, self._statistics = False, None
 
@@ -211,6 +199,7 @@ class Frostline:
             steps=self.step,
             samples=self.samples,
             seconds=dict(self.seconds),
+            cache=self.cache.summary() if self.cache is not None else self._cached,
             limits=list(self.limits),
         )
 
@@ -264,7 +253,7 @@ class Frostline:
         if self._active:
             self.policy.load_state_dict(state["policy_state"])
             depth, resting = state["decision"]["depth"], state["decision"]["resting"]
-            self.freezer.apply(Decision(depth, frozenset(resting)))
+            self._freeze(Decision(depth, frozenset(resting)))
             if self._statistics is not None:
                 self._statistics.load(tensors, state["interval_steps"], range(depth, len(self.stack)))
 
@@ -320,7 +309,7 @@ class Frostline:
                 decision = Decision(before, decision.resting)
             else:
                 self._changes += 1
-        self.freezer.apply(decision)
+        self._freeze(decision)
         if decision.depth != before:
             self.trajectory.append({"step": self.step, "samples": self.samples, "depth": decision.depth})
         if self._statistics is not None:
@@ -338,6 +327,24 @@ class Frostline:
                 resting=sorted(decision.resting),
                 applied=applied,
             )
+
+    def _freeze(self, decision: Decision) -> None:
+        self.freezer.apply(decision)
+        if self.cache is not None:
+            self.cache.moved(self.stack, decision.depth)
+
+    def _make_cache(self, mode: str, compiled: bool) -> CacheManager | None:
+        if mode == "off":
+            return None
+        if compiled:
+            self.limit("cache-compiled", "compiled model: boundary activations are not cached in this version")
+            return None
+        return CacheManager(
+            self.stack, samples_per_epoch=self._samples_per_epoch, report=self._log_cache, limit=self.limit
+        )
+
+    def _log_cache(self, action: str, **numbers: Any) -> None:
+        self.log.append("cache", step=self.step, samples=self.samples, action=action, **numbers)
 
     def _measure(self) -> None:
         """Prepare the statistics that the policy needs."""
@@ -359,7 +366,7 @@ class Frostline:
         self.freezer = Freezer(self.stack, optimizer)
         before = self._statistics
         self._measure()
-        self.freezer.apply(decision)
+        self._freeze(decision)
         if self._statistics is not None:
             active = range(decision.depth, len(self.stack))
             self._statistics.reset(active)

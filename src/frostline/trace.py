@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Call", "Trace", "first_tensor", "made_up_call", "trace_model", "undisturbed", "unwrap"]
+__all__ = ["Call", "Trace", "first_tensor", "made_up_call", "random_state_kept", "trace_model", "undisturbed", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -180,8 +180,7 @@ def undisturbed(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
     inside = {id(p) for b in blocks for p in b.parameters()}
     outside = [(p, p.requires_grad) for p in model.parameters() if id(p) not in inside and p.is_floating_point()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), _numpy_state():
+    with random_state_kept():
         try:
             for module, _ in compiled:
                 module._compiled_call_impl = None
@@ -201,15 +200,20 @@ def undisturbed(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _numpy_state() -> Iterator[None]:
-    """SpecAugment draws its masks from numpy's global generator."""
+def random_state_kept() -> Iterator[None]:
+    """Give back the random state: torch's, and numpy's global one, from which SpecAugment draws its masks.
+
+    Some models draw a number per block even in eval mode (Wav2Vec2's layer drop).
+    """
     import numpy as np
 
     state = np.random.get_state()
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            np.random.set_state(state)
 
 
 def made_up_call(

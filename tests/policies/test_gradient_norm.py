@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from frostline.errors import ConfigError
 from frostline.policies import Decision
 from tests.policies.observations import build, seen, walk
 
@@ -198,3 +199,28 @@ def test_state_round_trip() -> None:
     for (decision, why), row in zip(whole[3:], scores[3:], strict=True):
         assert second.decide(seen(row[depth:], depth=depth, blocks=12)) == (decision, why)
         depth = decision.depth
+
+
+def test_nothing_freezes_before_start() -> None:
+    policy = build("gradient-norm", start=0.3)
+    policy.decide(seen(ONES, progress=0.1))
+    held, why = policy.decide(seen([1.1, 1.2, 1.3, 1.4], progress=0.25))
+    assert held == Decision(0)
+    assert "before 0.3" in why.reason
+    assert why.changes[0] == pytest.approx(0.1), "what was measured is logged all the same"
+    # The reference has moved on meanwhile: changes are 0.1 0.2 0.3 0.4 again.
+    then, _ = policy.decide(seen([1.21, 1.44, 1.69, 1.96], progress=0.3))
+    assert then == Decision(2)
+
+
+def test_initial_depth_holds_from_the_first_step() -> None:
+    policy = build("gradient-norm", 6, initial_depth=2)
+    assert policy.start() == Decision(2)
+    assert build("gradient-norm").start() == Decision(0)
+    assert policy.decide(seen(ONES, depth=2, blocks=6))[0] == Decision(2)
+    assert policy.decide(seen([1.1, 1.2, 1.3, 1.4], depth=2, blocks=6))[0] == Decision(4)
+
+
+def test_initial_depth_leaves_a_block_active() -> None:
+    with pytest.raises(ConfigError, match=r"initial_depth=4: that freezes all 4 blocks.*valid depths: 0..3"):
+        build("gradient-norm", 4, initial_depth=4)

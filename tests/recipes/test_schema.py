@@ -24,11 +24,12 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_shows(name: str) -> None
     assert recipe_summary(name).endswith((".", ")."))
 
 
-def test_trec_has_the_published_settings() -> None:
+def test_trec_has_the_published_rule_and_schedule() -> None:
     recipe = load_recipe("trec")
     assert recipe.model == "minilm"
     assert recipe.data.source == "trec"
-    assert recipe.freeze.options == {"percentile": 50, "evaluations_per_epoch": 5}
+    own = {"initial_depth": 2, "start": 0.7}
+    assert recipe.freeze.options == {"percentile": 50, "evaluations_per_epoch": 5, **own}
     assert recipe.schedule == Schedule(at=[0.3, 0.6], factor=[0.7, 0.4])
     given = {"num_train_epochs": 4, "per_device_train_batch_size": 16, "learning_rate": 5e-5, "report_to": "none"}
     assert {key: recipe.training[key] for key in given} == given
@@ -84,7 +85,7 @@ def test_every_fault_is_named_at_once() -> None:
         "unknown key 'frese': did you mean",
         "percentile=101: Input should be less than or equal to 100",
         "unknown option of policy 'gradient-norm' 'speed'",
-        "cache.mode: 'auto' is not available until the storage manager is built. Valid choices: off",
+        "cache.mode: unknown cache mode 'auto': Valid choices: memory, off",
         "unknown key in data 'text_colum': did you mean 'text_column'",
         "schedule: at has 1 values and factor 2",
         "max_length='long': Input should be a valid integer",

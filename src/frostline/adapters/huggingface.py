@@ -36,11 +36,13 @@ from transformers import (
 from frostline.adapters.checkpoints import check, newest_complete
 from frostline.adapters.randomness import capture, restore
 from frostline.blocks import BlockStack
-from frostline.engine import Frostline, Summary, check_cache, plan_for
+from frostline.cache import check_cache
+from frostline.engine import Frostline, plan_for
 from frostline.errors import ConfigError, FrostlineError, ModelError, ResumeError
 from frostline.events import EventLog
 from frostline.policies.registry import create, validate
 from frostline.state import has_state
+from frostline.summary import Summary
 
 __all__ = ["Frost", "attach"]
 
@@ -60,7 +62,7 @@ def attach(
     Args:
         trainer: any ``transformers.Trainer`` or subclass, before ``train()``.
         policy: name of a policy (``frostline.policies.available()``); ``none`` installs nothing.
-        cache: ``off`` until the storage manager is there.
+        cache: ``memory`` keeps boundary activations in host memory and skips the frozen prefix; ``off``.
         blocks: dotted path of the list of blocks, where the model has several or none is found.
         events: an :class:`EventLog` or the path of ``events.jsonl``; kept in memory if not given.
         max_depth_changes: bound on moves of the frost line (default: 6 under ``torch_compile``, else none).
@@ -75,7 +77,8 @@ def attach(
     """
     check_cache(cache)
     validate(policy, options)
-    frost = Frost(trainer, policy, blocks, events, max_depth_changes, options)
+    settings = {"policy": policy, "cache": cache, "blocks": blocks, "max_depth_changes": max_depth_changes, **options}
+    frost = Frost(trainer, events, settings)
     if policy == "none":
         # Nothing is installed: this engine only answers summary().
         frost.engine = Frostline(trainer.model or nn.Module(), None, policy=policy, steps_per_epoch=1, epochs=1)
@@ -109,16 +112,13 @@ class Frost:
     def __init__(
         self,
         trainer: Trainer,
-        policy: str,
-        blocks: str | None,
         events: EventLog | str | Path | None,
-        max_depth_changes: int | None,
-        options: dict[str, Any],
+        settings: dict[str, Any],
     ) -> None:
         self.trainer = trainer
         self.engine: Frostline | None = None
         self.log = events if isinstance(events, EventLog) else EventLog(events)
-        self._settings = {"policy": policy, "blocks": blocks, "max_depth_changes": max_depth_changes, **options}
+        self._settings = settings
         self._callback = _Callback(self)
         self._wrapped: list[tuple[Any, str, Any]] = []
         self._resume_from: Path | None = None

@@ -14,10 +14,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from frostline.engine import COMPILED_DEPTH_CHANGES, Frostline, Summary, check_cache
+from frostline.cache import check_cache
+from frostline.engine import COMPILED_DEPTH_CHANGES, Frostline
 from frostline.errors import ConfigError, FrostlineError, ModelError
 from frostline.events import EventLog
 from frostline.policies.registry import validate
+from frostline.summary import Summary
 
 __all__ = ["FrostlineCallback"]
 
@@ -27,7 +29,7 @@ class FrostlineCallback(pl.Callback):
 
     Args:
         policy: name of a policy (``frostline.policies.available()``); ``none`` does nothing.
-        cache: ``off`` until the storage manager is there.
+        cache: ``memory`` keeps boundary activations in host memory and skips the frozen prefix; ``off``.
         blocks: dotted path of the list of blocks inside the LightningModule, where it is not found by itself.
         events: an :class:`EventLog` or the path of ``events.jsonl``.
         max_depth_changes: bound on moves of the frost line (default: 6 for a compiled module, else none).
@@ -51,7 +53,7 @@ class FrostlineCallback(pl.Callback):
         validate(policy, options)
         self.engine: Frostline | None = None
         self._log = events if isinstance(events, EventLog) else EventLog(events)
-        self._settings = {"policy": policy, "blocks": blocks, **options}
+        self._settings = {"policy": policy, "cache": cache, "blocks": blocks, **options}
         self._max_depth_changes = max_depth_changes
         self._saved: dict[str, Any] | None = None
         self._counted = 0

@@ -272,12 +272,16 @@ class Recorder(TrainerCallback, ExportableState):
     def _bound(self) -> float | None:
         """Seconds of a step at this depth by design: (3N - 2k) / 3N of this run's own step at depth 0.
 
-        ``None`` where the run never trained at depth 0. Embeddings and head are left out of the formula.
+        With a cache (3N - 3k) / 3N: every sample read. ``None`` where the run never trained at depth 0. Embeddings
+        and head are left out of the formula.
         """
-        blocks = len(self.frost.engine.stack) if self._depth and self.frost and self.frost.engine else 0
+        engine = self.frost.engine if self.frost is not None else None
         if not self._reference:
             return None
-        return statistics.median(self._reference) * ((3 * blocks - 2 * self._depth) / (3 * blocks) if blocks else 1.0)
+        if engine is None or not self._depth:
+            return statistics.median(self._reference)
+        blocks, cached = len(engine.stack), engine.cache is not None and engine.cache.stopped is None
+        return statistics.median(self._reference) * (1 - (3 if cached else 2) * self._depth / (3 * blocks))
 
     def _close_interval(self) -> None:
         split = self._split()

@@ -61,8 +61,8 @@ def register(app: typer.Typer) -> None:
 
 def _in_short(summary: dict[str, object]) -> str:
     """A finished run in three lines."""
-    from frostline.engine import Summary
     from frostline.events import TRAINING_PHASES
+    from frostline.summary import Summary
 
     split, scores = ("test", summary["test"]) if summary["test"] else ("validation", summary["metrics"])
     seconds = summary["seconds"]

@@ -13,7 +13,9 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Cadence", "Decision", "Explained", "Observation", "Plan", "Policy", "PolicyOptions"]
+from frostline.errors import ConfigError
+
+__all__ = ["Cadence", "Decision", "Explained", "Observation", "Plan", "Policy", "PolicyOptions", "checked_depth"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,20 @@ class Explained:
             "changes": {str(k): float(v) for k, v in self.changes.items()},
             "threshold": self.threshold,
         }
+
+
+def checked_depth(depth: int, plan: Plan, given: str) -> int:
+    """``depth``, if it leaves a block of ``plan`` active.
+
+    Raises:
+        ConfigError: it does not; ``given`` says where it comes from.
+    """
+    if depth >= plan.blocks:
+        raise ConfigError(
+            f"{given}: that freezes all {plan.blocks} blocks; at least one must stay active "
+            f"(valid depths: 0..{plan.blocks - 1})"
+        )
+    return depth
 
 
 class Policy(Generic[OptionsT]):

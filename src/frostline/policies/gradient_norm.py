@@ -7,6 +7,10 @@ after interval T, the relative change is
 
 and the active blocks are walked from the input side: a block freezes while eta_l is below the N-th percentile
 of all active blocks' eta; the first block at or above it stops the walk. The first interval is the reference.
+
+Two options go beyond the paper; both are off by default. The test compares blocks with each other, so it finds one to
+freeze whether it has converged or not: ``start`` holds it back. And the lowest blocks of a pre-trained model may stand
+still from the first step (``initial_depth``), which pays for training the others for longer.
 """
 
 from __future__ import annotations
@@ -18,16 +22,30 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from frostline.policies.base import Cadence, Decision, Explained, Observation, Plan, Policy, PolicyOptions
+from frostline.policies.base import (
+    Cadence,
+    Decision,
+    Explained,
+    Observation,
+    Plan,
+    Policy,
+    PolicyOptions,
+    checked_depth,
+)
 
 __all__ = ["GradientNorm", "GradientNormOptions"]
 
 
 class GradientNormOptions(PolicyOptions):
-    """``percentile`` N: higher freezes faster; ``evaluations_per_epoch``: 2 to 5 keep the sums representative."""
+    """``percentile`` N: higher freezes faster; ``evaluations_per_epoch``: 2 to 5 keep the sums representative.
+
+    ``initial_depth``: blocks frozen from the first step; ``start``: share of the run before the test freezes more.
+    """
 
     percentile: float = Field(default=50.0, ge=0.0, le=100.0)
     evaluations_per_epoch: int = Field(default=5, ge=1)
+    initial_depth: int = Field(default=0, ge=0)
+    start: float = Field(default=0.0, ge=0.0, lt=1.0)
 
 
 class GradientNorm(Policy[GradientNormOptions]):
@@ -40,10 +58,16 @@ class GradientNorm(Policy[GradientNormOptions]):
 
     def __init__(self, options: GradientNormOptions, plan: Plan) -> None:
         super().__init__(options, plan)
+        self.initial_depth = checked_depth(
+            options.initial_depth, plan, f"policy 'gradient-norm', initial_depth={options.initial_depth}"
+        )
         self.reference: dict[int, float] = {}
 
     def cadence(self) -> Cadence:
         return Cadence(self.plan.samples_per_epoch / self.options.evaluations_per_epoch)
+
+    def start(self) -> Decision:
+        return Decision(self.initial_depth)
 
     def decide(self, seen: Observation) -> tuple[Decision, Explained]:
         assert seen.scores is not None, "gradient-norm needs the gradient_sum statistic"
@@ -61,6 +85,8 @@ class GradientNorm(Policy[GradientNormOptions]):
         if len(norms) < 2:
             return hold, Explained("one active block: it always trains")
         changes = {block: _change(reference.get(block), value) for block, value in sorted(norms.items())}
+        if seen.progress < self.options.start:
+            return hold, Explained(f"nothing more freezes before {self.options.start:g} of the run", changes)
         finite = [change for change in changes.values() if math.isfinite(change)]
         if not finite:
             return hold, Explained("the reference is zero for every active block: nothing frozen", changes)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from frostline.errors import ConfigError
-from frostline.policies.base import Decision, Explained, Observation, Plan, Policy, PolicyOptions
+from frostline.policies.base import Decision, Explained, Observation, Plan, Policy, PolicyOptions, checked_depth
 
 __all__ = ["Static", "StaticOptions"]
 
@@ -37,12 +36,7 @@ class Static(Policy[StaticOptions]):
         else:
             assert options.fraction is not None
             depth, given = int(options.fraction * plan.blocks), f"fraction={options.fraction}"
-        if depth >= plan.blocks:
-            raise ConfigError(
-                f"policy 'static', {given}: that freezes all {plan.blocks} blocks; at least one must stay active "
-                f"(valid depths: 0..{plan.blocks - 1})"
-            )
-        self.depth = depth
+        self.depth = checked_depth(depth, plan, f"policy 'static', {given}")
 
     def start(self) -> Decision:
         return Decision(self.depth)

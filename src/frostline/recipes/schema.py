@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from frostline.cache import check_cache
 from frostline.errors import ConfigError, choices_message
 from frostline.policies.registry import validate
 from frostline.recipes.document import apply_overrides, read_yaml
@@ -47,15 +48,14 @@ class FreezeSection(_Section):
 
 
 class CacheSection(_Section):
-    """``mode``: ``off`` is all there is until the storage manager is built."""
+    """``mode``: ``off``, or ``memory``, which keeps boundary activations in host memory and skips the frozen prefix."""
 
     mode: str = "off"
 
     @field_validator("mode")
     @classmethod
-    def _only_off(cls, value: str) -> str:
-        if value != "off":
-            raise ValueError(f"{value!r} is not available until the storage manager is built. Valid choices: off")
+    def _is_known(cls, value: str) -> str:
+        check_cache(value)
         return value
 
 

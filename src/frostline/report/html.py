@@ -252,7 +252,7 @@ def _steps(run: Run, plot: Plot | None) -> Section:
             tables.append(_thin(Numbers(f"Intervals, {label}", columns, rows)))
     text = (
         "Median step of each interval, and the bound: what a step at that depth costs by counting blocks, "
-        "(3N - 2k) / 3N of the step at depth 0 with k of N blocks frozen and no cache."
+        "(3N - 2k) / 3N of the step at depth 0 with k of N blocks frozen, (3N - 3k) / 3N where all samples are cached."
         if plot
         else "No step times were logged."
     )

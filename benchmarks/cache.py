@@ -1,0 +1,166 @@
+"""A fully cached step against its bound: the step of the truncated model, fed from memory.
+
+    frostline fetch minilm trec reuters8
+    python benchmarks/cache.py minilm     # writes benchmarks/results/cache-minilm.json
+
+At each depth k = 1..N-1 a whole optimizer step with ``Frostline(policy="static", depth=k, cache="memory")``, every
+sample of which has a record, is timed in turn with the same step of the truncated model (blocks k..N-1 and head, which
+gets its hidden state from memory), and with the uncached step. Real texts, fp32, dropout, clipping, fused AdamW.
+Several batches take turns, so that neither side lives in the processor's caches. Target: at most 1.10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+if not __package__:  # run as a script: its siblings are found from the root of the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.batches import CLASSES, Batch, real_batch  # noqa: E402
+from benchmarks.steps import _optimizer, _update  # noqa: E402
+from benchmarks.timing import paired_ratio, seconds_per_call, spread  # noqa: E402
+from benchmarks.truncated import Prefix, Truncated  # noqa: E402
+from frostline import BlockStack, Frostline  # noqa: E402
+from frostline.events import environment  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+TARGET = 1.10
+SHAPES = (("reuters8", 16, 64), ("trec", 16, 16))
+BATCHES = 6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="minilm", help="asset, folder or hub id of a text encoder")
+    parser.add_argument("--rounds", type=int, default=12, help="timed rounds over all depths (default 12)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="results file (default benchmarks/results/cache-<model>.json)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model, tokenizer = _load(options.model, options.seed, options.device)
+    report: dict[str, Any] = {
+        "model": Path(options.model).name,
+        "command": shlex.join(["python", "benchmarks/cache.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "seed": options.seed,
+        "device": options.device,
+        "environment": environment(),
+        "load": os.getloadavg()[0],
+        "shapes": [],
+    }
+    for data, rows, length in SHAPES:
+        batches = [real_batch(tokenizer, data, rows, length, options.seed + i, options.device) for i in range(BATCHES)]
+        report["shapes"].append(measure(model, batches, options.rounds, options.seed, options.device))
+    out = options.out or RESULTS / f"cache-{report['model']}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for shape in report["shapes"]:
+        for row in shape["depths"]:
+            print(shape["batch"]["data"], row["depth"], row["ratio"], row["speedup_over_uncached"]["median"])
+
+
+def measure(model: nn.Module, batches: list[Batch], rounds: int, seed: int, device: str) -> dict[str, Any]:
+    """Seconds a step at each depth: cached, truncated, uncached."""
+    depths = [_measure_depth(model, batches, depth, rounds, seed, device)
+              for depth in tqdm(range(1, len(BlockStack.find(model))), desc=batches[0].data)]  # fmt: skip
+    return {"batch": batches[0].numbers(), "batches": len(batches), "rounds": rounds, "depths": depths}
+
+
+def _measure_depth(
+    model: nn.Module, batches: list[Batch], depth: int, rounds: int, seed: int, device: str
+) -> dict[str, Any]:
+    stack = BlockStack.find(model)
+    truncated = Truncated(stack, depth, batches[0].inputs)
+    prefix = Prefix(stack, depth)
+    hidden = [prefix.run(batch.inputs).clone() for batch in batches]
+    optimizers = {name: _optimizer(p for p in model.parameters()) for name in ("cached", "uncached")}
+    bound_optimizer = _optimizer(truncated.parameters)
+
+    def job(name: str) -> Callable[[], Any]:
+        turn = itertools.count()
+        if name == "truncated":
+
+            def step() -> None:
+                i = next(turn) % len(batches)
+                truncated.feed(hidden[i])
+                truncated.model(**batches[i].inputs).loss.backward()
+                _update(truncated.parameters, bound_optimizer)
+        else:
+
+            def step() -> None:
+                i = next(turn) % len(batches)
+                model(**batches[i].inputs).loss.backward()
+                frost.before_step()
+                _update(list(model.parameters()), optimizers[name])
+                frost.after_step()
+
+        return step
+
+    samples: dict[str, list[float]] = {name: [] for name in ("cached", "truncated", "uncached")}
+    order = random.Random(seed)
+    counts: dict[str, int] = {}
+    for number in range(rounds + 1):
+        for name in order.sample(list(samples), len(samples)):
+            if name != "truncated":
+                mode = "memory" if name == "cached" else "off"
+                frost = Frostline(
+                    model, optimizers[name], policy="static", depth=depth, cache=mode,
+                    steps_per_epoch=1000, epochs=1, batch_size=batches[0].rows,
+                )  # fmt: skip
+                model.train()
+            step = job(name)
+            for _ in batches:  # fills the cache, warms the others up as much
+                step()
+            seconds = seconds_per_call(step, len(batches), device)
+            if name != "truncated":
+                found = frost.summary()["cache"]
+                frost.finish()
+                if found is not None:
+                    counts = {key: found[key] for key in ("hits", "misses", "written", "bytes")}
+                    assert found["hits"] >= len(batches) * batches[0].rows, found  # a text may be drawn twice
+            if number:
+                samples[name].append(seconds)
+    return {
+        "depth": depth,
+        "ratio": paired_ratio(samples["cached"], samples["truncated"], seed),
+        "speedup_over_uncached": paired_ratio(samples["uncached"], samples["cached"], seed),
+        "target": TARGET,
+        "cache": counts,
+        "seconds": {name: spread(values) for name, values in samples.items()},
+        "samples": samples,
+    }
+
+
+def _load(name: str, seed: int, device: str) -> tuple[nn.Module, Any]:
+    import transformers
+
+    from frostline.tasks.assets import resolve
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    path = resolve(name)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=CLASSES, dtype=torch.float32
+    )
+    return model.to(device), transformers.AutoTokenizer.from_pretrained(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""The storage manager: feeds boundary activations of earlier epochs back into the forward pass.
+
+The published design (AutoFreeze, section 3.3, arXiv 2102.01386) latches the depth when an epoch starts and reads in
+the next one. Here a record is written as soon as its sample passes a frozen prefix, a batch may mix samples with
+records of different depths and without any, and a record is upgraded when its sample comes by after the line moved.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frostline.blocks import BlockStack
+from frostline.cache import gates
+from frostline.cache.identity import Rows, identify, is_packed
+from frostline.cache.passes import Passes, rows_of, slice_rows
+from frostline.cache.store import HostStore, Record, Store
+from frostline.errors import ConfigError, choices_message
+from frostline.trace import Call
+
+__all__ = ["MODES", "CacheManager", "check_cache"]
+
+logger = logging.getLogger("frostline")
+
+MODES = ("off", "memory")
+# Of the memory that is free when caching starts; the rest is the run's own.
+_SHARE = 0.5
+
+
+def check_cache(mode: str) -> None:
+    """Raise :class:`ConfigError` where ``mode`` is no cache mode."""
+    if mode not in MODES:
+        raise ConfigError(choices_message("cache mode", mode, MODES))
+
+
+class CacheManager:
+    """Caches the boundary activations of ``stack``'s model while it trains.
+
+    Args:
+        stack: where the model can be cut.
+        samples_per_epoch: after so many samples without one hit, the inputs never repeat and caching stops.
+        report: takes an action and its numbers (``cache`` events of the log).
+        limit: takes a code and a message: what cannot be cached, and why (law 8).
+        store: where records are kept; default: host memory, half of what is free.
+    """
+
+    def __init__(
+        self,
+        stack: BlockStack,
+        *,
+        samples_per_epoch: int,
+        report: Callable[..., None],
+        limit: Callable[[str, str], None],
+        store: Store | None = None,
+    ) -> None:
+        self.stack = stack
+        self.store: Store = store if store is not None else HostStore(int(_SHARE * _free_memory()))
+        self.depth = 0
+        self.counts: Counter[str] = Counter()
+        self.stopped: str | None = None
+        self._samples_per_epoch, self._report, self._limit = samples_per_epoch, report, limit
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._passes: Passes | None = None
+        self._inside: nn.Module | None = None
+        self._checked = False
+        self._padding_safe: bool | None = None
+        self._versions: tuple[Any, ...] = ()
+        self._lines: set[int] = set()
+        self._busy = False
+        self._unknown_in_a_row = 0
+
+    # -- what the engine calls -------------------------------------------------------------------------------
+
+    def moved(self, stack: BlockStack, depth: int) -> None:
+        """The frost line is at ``depth`` now. Shallower records are upgraded as their samples come by."""
+        if stack is self.stack and depth == self.depth:
+            return
+        if depth < self.depth:
+            self._unknown_in_a_row = 0
+            self.counts["dropped"] += self.store.drop_deeper(depth)
+            self._lines = {line for line in self._lines if line <= depth}
+        if stack is not self.stack:
+            self.stack, self._passes = stack, None
+        self._uninstall()
+        self.depth, self._checked = depth, False
+        self._versions = ()
+        if depth and self.stopped is None:
+            self._install()
+
+    def stop(self, code: str, reason: str) -> None:
+        """Give up caching for the rest of the run, and say why; the run goes on without."""
+        self.stopped = reason
+        self._uninstall()
+        self.store.clear()
+        self._limit(f"cache-{code}", f"caching stopped: {reason}")
+
+    def close(self) -> None:
+        """Take every hook away and forget the records."""
+        self._uninstall()
+        self.store.clear()
+
+    def summary(self) -> dict[str, Any]:
+        """Counts in samples: ``hits`` (read at the line), ``upgrades`` (read below it), ``misses``, ``written``..."""
+        names = ("hits", "upgrades", "misses", "written", "full", "dropped", "stale")
+        return {
+            **{name: self.counts[name] for name in names},
+            "records": self.store.records,
+            "bytes": self.store.nbytes,
+            "stopped": self.stopped,
+        }
+
+    # -- hooks -----------------------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        # Every module around the stack: a loop may call an inner network and never the outer module (Lightning).
+        # First of all hooks: the freezer's put the model in eval mode, and what runs here must find it in train mode.
+        parts = self.stack.path.split(".")
+        for length in range(len(parts)):
+            ancestor = self.stack.model.get_submodule(".".join(parts[:length]))
+            self._handles.append(ancestor.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+            self._handles.append(ancestor.register_forward_hook(self._leave, always_call=True))
+
+    def _uninstall(self) -> None:
+        self._leave(self._inside)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._inside is module:
+            self._leave(module)  # an interrupt (Ctrl-C) cut the last pass off before its end
+        if self._busy or self._inside is not None or not module.training or not torch.is_grad_enabled():
+            return
+        self._busy = True
+        call: Call = (args, kwargs)
+        try:
+            hidden = self._serve(module, call)
+            if hidden is not None and self._passes is not None:
+                self._passes.begin(call, self.depth, hidden)
+                self._inside = module
+        except Exception as error:
+            # Whatever goes wrong here must not cost the run: the uncached pass is always right.
+            logger.debug("caching failed", exc_info=True)
+            if self._passes is not None:
+                self._passes.end()
+            self.stop("error", f"{type(error).__name__}: {error}")
+        finally:
+            self._busy = False
+
+    def _leave(self, module: nn.Module | None, *_: Any) -> None:
+        if self._inside is not None and self._inside is module:
+            assert self._passes is not None
+            self._passes.end()
+            self._inside = None
+
+    # -- a batch ---------------------------------------------------------------------------------------------
+
+    def _serve(self, module: nn.Module, call: Call) -> Tensor | None:
+        """The boundary activation ``[rows, ...]`` of a batch, or ``None`` where it has to run as it is."""
+        rows = rows_of(call, getattr(module, "main_input_name", None))
+        if not rows or gates.wants_inner_states(module, call):
+            self.counts["bypassed"] += rows
+            return None
+        if self._passes is None or self._passes.module is not module:
+            self._passes, self._checked = Passes(self.stack, module), False
+        if is_packed(call):
+            self.stop("packed", "a flattened batch packs several samples into a row: its rows cannot be told apart")
+            return None
+        self._forget_stale()
+        named = identify(call, rows, padding_safe=bool(self._padding_safe))
+        if not self._checked and not self._check(self._passes, call, named):
+            return None
+        if self._padding_safe is None and named.padded:
+            self._padding_safe = gates.padding_safe(self._passes, call, named, self.depth)
+            self._report("padding", safe=self._padding_safe)
+            named = identify(call, rows, padding_safe=self._padding_safe)
+        hidden = self._assemble(self._passes, call, named)
+        if self._unknown_in_a_row > self._samples_per_epoch + rows and self.store.records:
+            self.stop("no-hits", f"none of {self._unknown_in_a_row} samples came by a second time with the same "
+                      "input (augmentation or masking makes each one new)")  # fmt: skip
+            return None
+        return hidden
+
+    def _assemble(self, passes: Passes, call: Call, named: Rows) -> Tensor:
+        """Group the rows by the depth of their record, bring each group to the line, and join them."""
+        records = [self.store.get(key) for key in named.keys]
+        groups: dict[int, list[int]] = {}
+        for row, record in enumerate(records):
+            groups.setdefault(record.depth if record is not None and record.depth <= self.depth else 0, []).append(row)
+        whole = list(range(len(records)))
+        self._unknown_in_a_row = self._unknown_in_a_row + len(whole) if groups.keys() == {0} else 0
+        if groups.keys() == {self.depth}:
+            self.counts["hits"] += len(whole)
+            return self._join([r for r in records if r is not None], whole, named)
+        joined: Tensor | None = None
+        for depth, rows in sorted(groups.items()):
+            kept = [r for r in (records[row] for row in rows) if r is not None]
+            before = self._join(kept, rows, named) if depth else None
+            part = passes.prefill(slice_rows(call, rows, len(whole)), self.depth, depth, before)
+            if depth < self.depth:
+                self._keep(part, rows, named)
+            self.counts["hits" if depth == self.depth else "upgrades" if depth else "misses"] += len(rows)
+            if len(rows) == len(whole):
+                return part
+            if joined is None:
+                joined = part.new_zeros((len(whole), *part.shape[1:]))
+            joined[torch.as_tensor(rows, device=part.device)] = part
+        assert joined is not None
+        return joined
+
+    def _join(self, records: list[Record], rows: list[int], named: Rows) -> Tensor:
+        """Records of ``rows`` as one tensor on the model's device, padded to the batch with zeros."""
+        first = records[0].value
+        if self._padding_safe and named.real is not None:
+            joined = first.new_zeros((len(rows), named.real.shape[1], *first.shape[1:]))
+            for place, (row, record) in enumerate(zip(rows, records, strict=True)):
+                if len(record.value) == joined.shape[1]:
+                    joined[place] = record.value
+                else:
+                    joined[place, named.real[row]] = record.value
+        else:
+            joined = torch.stack([record.value for record in records])
+        return joined.to(next(self.stack.model.parameters()).device)
+
+    def _keep(self, hidden: Tensor, rows: list[int], named: Rows) -> None:
+        host = hidden.detach().cpu()
+        for place, row in enumerate(rows):
+            value = host[place]
+            if self._padding_safe and named.real is not None:
+                value = value[named.real[row]]
+            kept = self.store.put(named.keys[row], self.depth, value)
+            self.counts["written" if kept else "full"] += 1
+
+    # -- gates -----------------------------------------------------------------------------------------------
+
+    def _check(self, passes: Passes, call: Call, named: Rows) -> bool:
+        """Before the first hit at a depth: is the boundary activation the same each time, and skipping exact?"""
+        started = time.perf_counter()
+        found = gates.check(passes, call, named, self.depth, self._lines)
+        self._report("check", depth=self.depth, seconds=time.perf_counter() - started, **found.numbers())
+        self._checked = found.refusal is None
+        if found.refusal is not None:
+            self.stop("check", found.refusal)
+            return False
+        self._lines.add(self.depth)
+        return True
+
+    def _forget_stale(self) -> None:
+        """Forget every record if a weight or buffer of the prefix is not what it was."""
+        prefix = self.stack.prefix_parameters(self.depth).values()
+        buffers = [b for m in self.stack.prefix_modules(self.depth) for b in m.buffers()]
+        versions = tuple((t.data_ptr(), t._version) for t in (*prefix, *buffers))
+        if self._versions and versions != self._versions:
+            self.counts["stale"] += self.store.records
+            self._report("stale", depth=self.depth, records=self.store.records)
+            self.store.clear()
+            self._checked, self._unknown_in_a_row = False, 0
+        self._versions = versions
+
+
+def _free_memory() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 2 << 30

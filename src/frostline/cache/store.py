@@ -1,0 +1,115 @@
+"""Where records are kept. ``Store`` is the protocol; ``HostStore`` keeps them in host memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["HostStore", "Record", "Store"]
+
+_CHUNK = 16 << 20
+_ALIGN = 64
+
+
+class Record(NamedTuple):
+    """One sample's boundary activation: the input of block ``depth``, real tokens only where that is safe."""
+
+    depth: int
+    value: Tensor
+
+
+class Store(Protocol):
+    """Keeps records within a budget. A record is whole or not there."""
+
+    def get(self, key: bytes) -> Record | None:
+        """The record of a sample, or ``None``. Its tensor is valid until the next ``put`` of the same key."""
+
+    def put(self, key: bytes, depth: int, value: Tensor) -> bool:
+        """Keep a record, over the sample's earlier one; ``False`` where the budget has no room for it."""
+
+    def drop_deeper(self, depth: int) -> int:
+        """Forget records deeper than ``depth`` (a thaw), and say how many there were."""
+
+    def clear(self) -> None:
+        """Forget everything and give the space back."""
+
+    @property
+    def records(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class HostStore:
+    """Records in host memory: slots in chunks of 16 MiB, pinned where a GPU is there.
+
+    A record that replaces one of the same size takes its slot in place, so an upgrade needs no further space.
+
+    Args:
+        budget: bytes at most.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._slots: dict[bytes, tuple[int, Tensor, Tensor]] = {}  # depth, bytes of the slot, the record in it
+        self._free: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self._chunk: Tensor | None = None
+        self._used = self._reserved = self._kept = 0
+
+    @property
+    def records(self) -> int:
+        return len(self._slots)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the records that are kept."""
+        return self._kept
+
+    def get(self, key: bytes) -> Record | None:
+        found = self._slots.get(key)
+        return None if found is None else Record(found[0], found[2])
+
+    def put(self, key: bytes, depth: int, value: Tensor) -> bool:
+        size = -(-value.nbytes // _ALIGN) * _ALIGN
+        old = self._slots.pop(key, None)
+        self._kept -= old[2].nbytes if old is not None else 0
+        if old is not None and old[1].nbytes != size:
+            self._free[old[1].nbytes].append(old[1])
+            old = None
+        slot = old[1] if old is not None else self._slot(size)
+        if slot is None:
+            return False
+        kept = slot[: value.nbytes].view(value.dtype).view(value.shape)
+        kept.copy_(value)
+        self._slots[key] = (depth, slot, kept)
+        self._kept += kept.nbytes
+        return True
+
+    def drop_deeper(self, depth: int) -> int:
+        deeper = [key for key, (at, _, _) in self._slots.items() if at > depth]
+        for key in deeper:
+            _, slot, value = self._slots.pop(key)
+            self._kept -= value.nbytes
+            self._free[slot.nbytes].append(slot)
+        return len(deeper)
+
+    def clear(self) -> None:
+        self._slots.clear()
+        self._free.clear()
+        self._chunk, self._used, self._reserved, self._kept = None, 0, 0, 0
+
+    def _slot(self, size: int) -> Tensor | None:
+        if self._free[size]:
+            return self._free[size].pop()
+        if self._chunk is None or self._used + size > self._chunk.nbytes:
+            chunk = min(max(_CHUNK, size), self.budget - self._reserved)
+            if size > chunk:
+                return None
+            self._chunk = torch.empty(chunk, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            self._used, self._reserved = 0, self._reserved + chunk
+        slot = self._chunk[self._used : self._used + size]
+        self._used += size
+        return slot

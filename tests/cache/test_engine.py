@@ -1,0 +1,141 @@
+"""The cache behind the engine: a plain loop, a loop that calls an inner network, Accelerate and Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+import frostline
+from frostline.events import EventLog
+from tests.architectures import ARCHITECTURES, Architecture
+from tests.cache.sides import ROWS, SAMPLES, batch_of
+
+EPOCHS = 3
+BY_NAME = {a.name: a for a in ARCHITECTURES}
+PLAN: dict[str, Any] = {"steps_per_epoch": SAMPLES // ROWS, "epochs": EPOCHS, "batch_size": ROWS}
+
+
+def loop(
+    architecture: Architecture, cache: str, wrap: Callable[[nn.Module], nn.Module] = lambda m: m
+) -> tuple[list[float], frostline.Summary, nn.Module, EventLog]:
+    model = wrap(architecture.build())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    log = EventLog()
+    path = architecture.path and f"{'net.' if isinstance(model, Outer) else ''}{architecture.path}"
+    frost = frostline.Frostline(
+        model, optimizer, policy="static", depth=2, cache=cache, blocks=path, events=log, **PLAN
+    )
+    losses = []
+    for epoch in range(EPOCHS):
+        for step in range(SAMPLES // ROWS):
+            model.train()
+            transformers.set_seed(100 * epoch + step)
+            run = model.net if isinstance(model, Outer) else model
+            loss = run(**batch_of(architecture, [(step + 3 * i + epoch) % SAMPLES for i in range(ROWS)])).loss
+            loss.backward()
+            frost.before_step()
+            optimizer.step()
+            optimizer.zero_grad()
+            frost.after_step()
+            losses.append(float(loss.detach()))
+    frost.finish()
+    return losses, frost.summary(), model, log
+
+
+class Outer(nn.Module):
+    """Holds the network, but the loop never calls it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=repr)
+@pytest.mark.parametrize("wrap", [lambda m: m, Outer], ids=["plain", "inner"])
+def test_a_plain_loop(architecture: Architecture, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    expected, off, _, _ = loop(architecture, "off", wrap)
+    losses, summary, model, log = loop(architecture, "memory", wrap)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert off["cache"] is None
+    cache = summary["cache"]
+    assert cache["stopped"] is None
+    assert cache["hits"] > 0
+    assert cache["hits"] + cache["misses"] == EPOCHS * SAMPLES
+    checks = [e for e in log.events if e["event"] == "cache" and e["action"] == "check"]
+    assert {c["depth"] for c in checks} == {2}
+    assert checks[0]["difference"] <= 1e-4
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_accelerate() -> None:
+    """Accelerate wraps ``forward`` on the instance; the skip lives inside of that."""
+    architecture = BY_NAME["bert"]
+    expected, *_ = loop(architecture, "off")
+
+    def prepared(model: nn.Module) -> nn.Module:
+        accelerator = Accelerator(cpu=True)
+        wrapped: nn.Module = accelerator.prepare_model(model)
+        return wrapped
+
+    losses, summary, *_ = loop(architecture, "memory", prepared)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert summary["cache"]["hits"] > 0
+
+
+class Module(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = BY_NAME["bert"].build()
+        self.losses: list[float] = []
+
+    def training_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
+        loss: Tensor = self.net(**batch).loss
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def test_lightning() -> None:
+    whole = batch_of(BY_NAME["bert"], list(range(SAMPLES)))
+    rows = [{name: value[i] for name, value in whole.items()} for i in range(SAMPLES)]
+    found = {}
+    for cache in ("off", "memory"):
+        transformers.set_seed(5)
+        module = Module()
+        callback = frostline.FrostlineCallback("static", cache, depth=2)
+        loader = torch.utils.data.DataLoader(
+            rows, batch_size=ROWS, shuffle=True, generator=torch.Generator().manual_seed(1)
+        )
+        trainer = pl.Trainer(
+            max_epochs=EPOCHS, accelerator="cpu", callbacks=[callback], logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, loader)
+        found[cache] = module.losses, callback.summary()["cache"]
+    assert found["memory"][0] == pytest.approx(found["off"][0], rel=1e-5)
+    assert found["memory"][1]["hits"] == 2 * SAMPLES
+
+
+def test_a_compiled_model_says_that_it_is_not_cached() -> None:
+    model = torch.compile(BY_NAME["bert"].build(), backend="eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    frost = frostline.Frostline(model, optimizer, policy="static", depth=2, cache="memory", **PLAN)
+    assert frost.cache is None
+    assert "compiled model: boundary activations are not cached in this version" in frost.summary()["limits"]
+    frost.finish()
+
+
+def test_policy_none_installs_nothing() -> None:
+    model = BY_NAME["bert"].build()
+    frost = frostline.Frostline(model, torch.optim.SGD(model.parameters()), policy="none", cache="memory", **PLAN)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert frost.summary()["cache"] is None

@@ -1,0 +1,262 @@
+"""Laws 6 and 7: the cache can only help, and what is random is not cached."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from frostline.cache.store import HostStore, Record
+from tests.architectures import ARCHITECTURES, Architecture
+from tests.cache.sides import ROWS, SAMPLES, Side, batch_of, calls
+from tests.laws.loops import installed
+
+BY_NAME = {a.name: a for a in ARCHITECTURES}
+BERT = BY_NAME["bert"]
+EPOCH = [list(range(i, i + ROWS)) for i in range(0, SAMPLES, ROWS)]
+
+
+def train(side: Side, batches: list[list[int]], start: int = 0) -> list[float]:
+    losses = []
+    for number, rows in enumerate(batches, start):
+        losses.append(side.step(batch_of(side.architecture, rows), number)[0])
+        side.optimizer.step()
+    return losses
+
+
+def pair(architecture: Architecture = BERT, depth: int = 2, store: Any = None) -> tuple[Side, Side]:
+    sides = Side(architecture, cached=True, store=store), Side(architecture, cached=False)
+    for side in sides:
+        side.freeze(depth)
+    return sides
+
+
+def both(cached: Side, plain: Side, batches: list[list[int]], start: int = 0) -> None:
+    assert train(cached, batches, start) == pytest.approx(train(plain, batches, start), rel=1e-5)
+
+
+def test_a_thaw_forgets_deeper_records_and_uses_the_others() -> None:
+    cached, plain = pair(depth=1)
+    both(cached, plain, EPOCH[:1])
+    for side in (cached, plain):
+        side.freeze(3)
+    both(cached, plain, EPOCH[1:], 1)
+    for side in (cached, plain):
+        side.freeze(1)
+    both(cached, plain, EPOCH * 2, 3)
+    counts = cached.counts()
+    assert counts["dropped"] == 2 * ROWS
+    assert counts["hits"] == ROWS + SAMPLES
+    assert counts["misses"] == SAMPLES + 2 * ROWS
+
+
+@pytest.mark.parametrize("what", ["weight", "load", "buffer"])
+def test_a_record_of_other_weights_is_not_used(what: str) -> None:
+    """The prefix is changed behind the cache's back: by hand, by loading a checkpoint, in a BatchNorm buffer."""
+    cached, plain = pair(BY_NAME["resnet"])
+    both(cached, plain, EPOCH)
+    for side in (cached, plain):
+        if what == "load":
+            state = side.model.state_dict()
+            side.model.load_state_dict({k: v * 1.5 if v.is_floating_point() else v for k, v in state.items()})
+        else:
+            first = side.stack.blocks[0]
+            tensors = first.parameters() if what == "weight" else (b for b in first.buffers() if b.is_floating_point())
+            with torch.no_grad():
+                next(iter(tensors)).mul_(1.5)
+    both(cached, plain, EPOCH, 3)
+    assert cached.counts()["stale"] == SAMPLES
+    assert cached.counts()["hits"] == 0
+    both(cached, plain, EPOCH, 6)
+    assert cached.counts()["hits"] == SAMPLES
+
+
+def test_evaluation_never_sees_the_skip() -> None:
+    cached, plain = pair()
+    both(cached, plain, EPOCH)
+    before = cached.cache.summary() if cached.cache else {}
+    with torch.no_grad():
+        for mode in (False, True):
+            outputs = []
+            for side in (cached, plain):
+                side.model.train(mode)
+                transformers.set_seed(0)
+                with calls(side.stack) as ran:
+                    outputs.append(side.model(**batch_of(BERT, EPOCH[0])).logits)
+                assert set(ran) == {0, 1, 2, 3}
+            assert outputs[0] == pytest.approx(outputs[1], rel=1e-4)
+    assert cached.cache is not None
+    assert cached.cache.summary() == before
+
+
+def test_nothing_is_left_on_the_model() -> None:
+    side = Side(BERT, cached=True)
+    side.freeze(2)
+    assert side.cache is not None
+    frozen = installed(side.model)
+    train(side, EPOCH * 2)
+    assert side.counts()["hits"] == SAMPLES
+    assert installed(side.model) == frozen, "a pass leaves the blocks as it found them"
+    copied = copy.deepcopy(side.model)
+    assert not any("forward" in vars(m) for m in copied.modules())
+    side.cache.close()
+    side.freezer.release()
+    assert not any("forward" in vars(m) or m._forward_pre_hooks for m in side.model.modules())
+    pickle.dumps(side.model)
+
+
+def test_an_interrupt_in_a_pass_leaves_no_skip_behind() -> None:
+    side = Side(BERT, cached=True)
+    side.freeze(2)
+    train(side, EPOCH)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = side.stack.blocks[3].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(side, EPOCH[:1], 3)
+    handle.remove()
+    side.model.eval()
+    with calls(side.stack) as ran, torch.no_grad():
+        side.model(**batch_of(BERT, EPOCH[0]))
+    assert set(ran) == {0, 1, 2, 3}
+
+
+class Augmented:
+    """Inputs that are new each time."""
+
+    @staticmethod
+    def batch(architecture: Architecture, rows: list[int], number: int) -> dict[str, Tensor]:
+        batch = batch_of(architecture, rows)
+        batch["pixel_values"] = batch["pixel_values"] + number
+        return batch
+
+
+def test_inputs_that_never_repeat_stop_the_cache() -> None:
+    vit = BY_NAME["vit"]
+    cached, plain = pair(vit)
+    for number, rows in enumerate(EPOCH * 3):
+        batch = Augmented.batch(vit, rows, number)
+        assert cached.step(batch, number)[0] == pytest.approx(plain.step(batch, number)[0], rel=1e-5)
+    assert cached.cache is not None
+    assert cached.cache.summary()["records"] == 0
+    (limit,) = cached.limits
+    assert limit.startswith("cache-no-hits: caching stopped: none of 20 samples came by a second time")
+
+
+def test_a_random_prefix_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise that no eval mode switches off, below the line."""
+    cached, plain = pair()
+    for side in (cached, plain):
+        original = side.stack.blocks[0].attention.forward
+
+        def noisy(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+            hidden, *rest = original(*args, **kwargs)
+            return hidden + 0.1 * torch.randn_like(hidden), *rest
+
+        monkeypatch.setattr(side.stack.blocks[0].attention, "forward", noisy)
+    both(cached, plain, EPOCH * 2)
+    (limit,) = cached.limits
+    assert "differs from pass to pass" in limit
+    assert cached.counts()["hits"] == cached.counts()["written"] == 0
+
+
+def test_packed_batches_are_refused() -> None:
+    cached, _ = pair()
+    batch = batch_of(BERT, EPOCH[0])
+    batch["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]] * ROWS)
+    cached.step(batch, 0)
+    assert "flattened batch" in cached.limits[0]
+
+
+def test_inner_states_are_not_skipped() -> None:
+    cached, _ = pair()
+    train(cached, EPOCH)
+    cached.model.train()
+    with calls(cached.stack) as ran:
+        output = cached.model(**batch_of(BERT, EPOCH[0]), output_hidden_states=True)
+    assert set(ran) == {0, 1, 2, 3}
+    assert len(output.hidden_states) == 5
+    assert cached.counts()["hits"] == 0
+
+
+class Broken(HostStore):
+    """Fails in its tenth read."""
+
+    reads = 0
+
+    def get(self, key: bytes) -> Record | None:
+        self.reads += 1
+        if self.reads == 10:
+            raise OSError("the memory has gone")
+        return super().get(key)
+
+
+def test_a_failing_store_costs_the_cache_and_not_the_run() -> None:
+    cached, plain = pair(store=Broken(1 << 20))
+    both(cached, plain, EPOCH * 2)
+    assert cached.limits == ["cache-error: caching stopped: OSError: the memory has gone"]
+
+
+@pytest.mark.parametrize("records", [0, 5])
+def test_what_does_not_fit_is_recomputed(records: int) -> None:
+    size = torch.empty(8, 32).nbytes
+    cached, plain = pair(store=HostStore(records * size))
+    both(cached, plain, EPOCH * 3)
+    counts = cached.counts()
+    assert cached.cache is not None
+    assert cached.cache.store.nbytes <= records * size
+    assert counts["hits"] == 2 * cached.cache.store.records
+    assert counts["full"] > 0
+    assert records <= cached.cache.store.records <= records + 1  # padded samples are a little smaller
+
+
+def ragged(rows: list[int], *, extra: int = 0) -> dict[str, Tensor]:
+    """Rows of 4 to 7 tokens, padded to the longest of the batch and ``extra`` more."""
+    whole = batch_of(BERT, list(range(SAMPLES)))
+    lengths = [4 + row % 4 for row in rows]
+    width = max(lengths) + extra
+    ids, labels = whole["input_ids"][rows, :width].clone(), whole["labels"][rows]
+    mask = (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": (ids.clamp_min(3) * mask), "attention_mask": mask, "labels": labels}
+
+
+def test_records_hold_real_tokens_and_serve_any_padding() -> None:
+    cached, plain = pair()
+    for number, rows in enumerate([[0, 1, 2, 3], [0, 4, 8], [1, 5, 2], [3, 2, 1, 0]]):
+        batch = ragged(rows)
+        (loss, gradients), (expected, reference) = cached.step(batch, number), plain.step(batch, number)
+        assert loss == pytest.approx(expected, rel=1e-5)
+        scale = max(float(g.abs().max()) for g in reference.values())
+        assert max(float((gradients[n] - reference[n]).abs().max()) for n in reference) <= 1e-5 * scale
+    assert cached.counts()["hits"] == 1 + 2 + 4
+    assert cached.cache is not None
+    tokens = sum(4 + row % 4 for row in (0, 1, 2, 3, 4, 5, 8))
+    assert cached.cache.store.nbytes == tokens * 32 * 4
+
+
+def test_where_padding_reaches_real_tokens_its_length_joins_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    cached, plain = pair()
+    for side in (cached, plain):
+        for index in (0, 3):
+            side.model.bert.encoder.layer[index].forward = _mixing(side.model.bert.encoder.layer[index].forward)
+    for number, (rows, extra) in enumerate([([0, 1, 2, 3], 0), ([0, 1], 0), ([0, 1, 2, 3], 0), ([3, 1, 2, 0], 0)]):
+        batch = ragged(rows, extra=extra)
+        assert cached.step(batch, number)[0] == pytest.approx(plain.step(batch, number)[0], rel=1e-5)
+    assert {"action": "padding", "safe": False} in cached.events
+    assert not cached.limits
+    assert cached.counts()["hits"] == 8
+
+
+def _mixing(original: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        return out + out.mean(1, keepdim=True)
+
+    return forward
