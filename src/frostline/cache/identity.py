@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,14 +31,25 @@ class Rows:
     """The samples of one batch.
 
     Attributes:
+        keys: 16 bytes for each row.
         real: ``[rows, tokens]`` bool on the CPU, which tokens are no padding; ``None`` where the model has no mask.
         padded: whether any is.
-        keys: 16 bytes for each row.
     """
 
     def __init__(self, keys: list[bytes], real: Tensor | None) -> None:
         self.keys, self.real = keys, real
         self.padded = real is not None and not bool(real.all())
+        self._lengths: list[int] = []
+        if real is not None:
+            lengths = real.sum(1)
+            # -1 where the real tokens do not stand together at the start (left padding).
+            self._lengths = torch.where(real.long().cumprod(1).sum(1) == lengths, lengths, -1).tolist()
+
+    def real_of(self, row: int) -> slice | Tensor:
+        """Index of the real tokens of a row: a slice from the start where padding is on the right."""
+        assert self.real is not None
+        length = self._lengths[row]
+        return slice(0, length) if length >= 0 else self.real[row]
 
 
 def is_packed(call: Call) -> bool:
@@ -69,19 +82,24 @@ def identify(call: Call, rows: int, *, padding_safe: bool) -> Rows:
         digest_size=16,
     )
     for name in sorted(tensors.keys() - own.keys()):  # holds for all rows (positions given once)
-        shared.update(_bytes(tensors[name].detach().cpu()))
+        value = tensors[name].detach().cpu()
+        shared.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        shared.update(_array(value).tobytes())
     prefix = shared.digest()
-    keys = []
+    named = Rows([], real)
+    whole = {n: np.ascontiguousarray(_array(t)) for n, t in sorted(own.items())}
+    cut = {n for n, t in own.items() if real is not None and padding_safe and t.shape == real.shape}
     for row in range(rows):
         digest = hashlib.blake2b(prefix, digest_size=16)
-        for name in sorted(own):
-            value = own[name][row]
-            if real is not None and padding_safe and own[name].shape == real.shape:
-                value = value[real[row]]
-            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(_bytes(value))
-        keys.append(digest.digest())
-    return Rows(keys, real)
+        for name, values in whole.items():
+            value = values[row]
+            if name in cut:
+                at = named.real_of(row)
+                value = value[at if isinstance(at, slice) else at.numpy()]
+            digest.update(f"{name}{value.shape}{own[name].dtype}".encode())
+            digest.update(value.tobytes())
+        named.keys.append(digest.digest())
+    return named
 
 
 def _real(own: Mapping[str, Tensor]) -> Tensor | None:
@@ -100,5 +118,6 @@ def _is_setting(value: object) -> bool:
     return isinstance(value, (bool, int, float, str))
 
 
-def _bytes(value: Tensor) -> bytes:
-    return value.contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else repr(value.item()).encode()
+def _array(value: Tensor) -> np.ndarray[Any, Any]:
+    """The bits of a tensor; numpy has no bfloat16."""
+    return (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()

@@ -71,7 +71,8 @@ class CacheManager:
         self._inside: nn.Module | None = None
         self._checked = False
         self._padding_safe: bool | None = None
-        self._versions: tuple[Any, ...] = ()
+        self._prefix: list[Tensor] = []
+        self._versions: list[tuple[int, int]] = []
         self._lines: set[int] = set()
         self._busy = False
         self._unknown_in_a_row = 0
@@ -90,7 +91,9 @@ class CacheManager:
             self.stack, self._passes = stack, None
         self._uninstall()
         self.depth, self._checked = depth, False
-        self._versions = ()
+        self._versions = []
+        self._prefix = list(stack.prefix_parameters(depth).values())
+        self._prefix += [b for m in stack.prefix_modules(depth) for b in m.buffers()]
         if depth and self.stopped is None:
             self._install()
 
@@ -221,10 +224,7 @@ class CacheManager:
         if self._padding_safe and named.real is not None:
             joined = first.new_zeros((len(rows), named.real.shape[1], *first.shape[1:]))
             for place, (row, record) in enumerate(zip(rows, records, strict=True)):
-                if len(record.value) == joined.shape[1]:
-                    joined[place] = record.value
-                else:
-                    joined[place, named.real[row]] = record.value
+                joined[place, named.real_of(row)] = record.value
         else:
             joined = torch.stack([record.value for record in records])
         return joined.to(next(self.stack.model.parameters()).device)
@@ -234,7 +234,7 @@ class CacheManager:
         for place, row in enumerate(rows):
             value = host[place]
             if self._padding_safe and named.real is not None:
-                value = value[named.real[row]]
+                value = value[named.real_of(row)]
             kept = self.store.put(named.keys[row], self.depth, value)
             self.counts["written" if kept else "full"] += 1
 
@@ -254,9 +254,7 @@ class CacheManager:
 
     def _forget_stale(self) -> None:
         """Forget every record if a weight or buffer of the prefix is not what it was."""
-        prefix = self.stack.prefix_parameters(self.depth).values()
-        buffers = [b for m in self.stack.prefix_modules(self.depth) for b in m.buffers()]
-        versions = tuple((t.data_ptr(), t._version) for t in (*prefix, *buffers))
+        versions = [(tensor.data_ptr(), tensor._version) for tensor in self._prefix]
         if self._versions and versions != self._versions:
             self.counts["stale"] += self.store.records
             self._report("stale", depth=self.depth, records=self.store.records)
