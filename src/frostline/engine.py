@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from frostline.blocks import BlockStack
-from frostline.cache import CacheManager, check_cache
+from frostline.cache import CacheManager, CacheOptions, CacheSetting, cache_options
 from frostline.errors import ConfigError, ModelError, ResumeError
 from frostline.events import EventLog, environment
 from frostline.freezer import Freezer
@@ -48,7 +48,8 @@ class Frostline:
         model: any module; wrappers (DDP, ``torch.compile``) are looked through.
         optimizer: built with all parameters; frozen ones stay in their groups.
         policy: name of a policy (``frostline.policies.available()``).
-        cache: ``memory`` keeps boundary activations in host memory and skips the frozen prefix; ``off``.
+        cache: ``memory`` or ``disk`` keeps boundary activations and skips the frozen prefix; ``off``. A mapping sets
+            budgets too (:class:`~frostline.cache.CacheOptions`).
         steps_per_epoch: optimizer steps in an epoch.
         epochs: epochs in the run (may be fractional).
         batch_size: samples per optimizer step over all ranks and micro-batches. With the default of 1, "samples"
@@ -71,7 +72,7 @@ class Frostline:
         optimizer: torch.optim.Optimizer | None,
         *,
         policy: str = "gradient-norm",
-        cache: str = "off",
+        cache: CacheSetting = "off",
         steps_per_epoch: int,
         epochs: float,
         batch_size: int = 1,
@@ -82,7 +83,7 @@ class Frostline:
         max_depth_changes: int | None = None,
         **options: Any,
     ) -> None:
-        check_cache(cache)
+        caching = cache_options(cache)
         checked = validate(policy, options)
         for name, value in (("steps_per_epoch", steps_per_epoch), ("epochs", epochs), ("batch_size", batch_size)):
             if not value > 0:
@@ -124,7 +125,7 @@ class Frostline:
         for message in self.stack.limits:
             self.limit("model", message)
         self._measure()
-        self.cache = self._make_cache(cache, compiled)
+        self.cache = self._make_cache(caching, compiled)
         self._first_forward: torch.utils.hooks.RemovableHandle | None = None
         if not self.stack.traced and compiled and not hasattr(model, "_orig_mod"):
             self.limit("order", "compiled in place, a model hides its inputs: registration order tells its stem")
@@ -333,14 +334,14 @@ class Frostline:
         if self.cache is not None:
             self.cache.moved(self.stack, decision.depth)
 
-    def _make_cache(self, mode: str, compiled: bool) -> CacheManager | None:
-        if mode == "off":
+    def _make_cache(self, options: CacheOptions, compiled: bool) -> CacheManager | None:
+        if options.mode == "off":
             return None
         if compiled:
             self.limit("cache-compiled", "compiled model: boundary activations are not cached in this version")
             return None
         return CacheManager(
-            self.stack, samples_per_epoch=self._samples_per_epoch, report=self._log_cache, limit=self.limit
+            self.stack, options, samples_per_epoch=self._samples_per_epoch, report=self._log_cache, limit=self.limit
         )
 
     def _log_cache(self, action: str, **numbers: Any) -> None:

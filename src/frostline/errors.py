@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "ConfigError",
@@ -12,6 +13,7 @@ __all__ = [
     "ModelError",
     "ResumeError",
     "choices_message",
+    "validation_message",
 ]
 
 
@@ -45,3 +47,16 @@ def choices_message(kind: str, name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f" did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
     return f"unknown {kind} {name!r}:{hint} Valid choices: {', '.join(known) or '(none)'}"
+
+
+def validation_message(error: Any, kind: str, known: Iterable[str]) -> str:
+    """Every fault of a pydantic ``ValidationError`` in one line; ``known`` are the options that ``kind`` has."""
+    faults = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"])
+        message = str(fault["msg"]).removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            faults.append(choices_message(f"option of {kind}", where, known))
+        else:
+            faults.append(f"{kind}, {where}={fault['input']!r}: {message}" if where else f"{kind}, {message}")
+    return "; ".join(faults)

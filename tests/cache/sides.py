@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from frostline.blocks import BlockStack
-from frostline.cache import CacheManager
+from frostline.cache import CacheManager, CacheOptions
 from frostline.cache.store import Store
 from frostline.freezer import Freezer
 from frostline.policies.base import Decision
@@ -25,7 +25,14 @@ SAMPLES, ROWS = 12, 4
 class Side:
     """A model in training, with the cache or without."""
 
-    def __init__(self, architecture: Architecture, *, cached: bool, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        cached: bool,
+        store: Store | None = None,
+        options: CacheOptions | None = None,
+    ) -> None:
         self.architecture = architecture
         self.model = architecture.build()
         self.stack = BlockStack.find(self.model, architecture.path)
@@ -37,6 +44,7 @@ class Side:
         if cached:
             self.cache = CacheManager(
                 self.stack,
+                options or CacheOptions(mode="memory"),
                 samples_per_epoch=SAMPLES,
                 report=lambda action, **numbers: self.events.append({"action": action, **numbers}),
                 limit=lambda code, message: self.limits.append(f"{code}: {message}"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 import frostline
@@ -84,7 +85,11 @@ def test_accelerate() -> None:
         wrapped: nn.Module = accelerator.prepare_model(model)
         return wrapped
 
-    losses, summary, *_ = loop(architecture, "memory", prepared)
+    try:
+        losses, summary, *_ = loop(architecture, "memory", prepared)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
     assert losses == pytest.approx(expected, rel=1e-5)
     assert summary["cache"]["hits"] > 0
 

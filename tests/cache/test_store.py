@@ -19,11 +19,11 @@ def test_gives_back_what_was_put() -> None:
     assert store.put(b"a", 2, kept)
     kept_copy = kept.clone()
     kept.zero_()  # the store has its own copy
-    record = store.get(b"a")
+    record = store.get_many([b"a"])[0]
     assert record is not None
     assert (record.depth, record.value.dtype) == (2, torch.bfloat16)
     assert torch.equal(record.value, kept_copy)
-    assert store.get(b"b") is None
+    assert store.get_many([b"b"])[0] is None
 
 
 def test_an_upgrade_takes_its_slot_in_place() -> None:
@@ -36,7 +36,7 @@ def test_an_upgrade_takes_its_slot_in_place() -> None:
     assert not store.put(b"new", 1, value(4, 0.0))
     assert (store.records, store.nbytes) == (4, 16 * KIB)
     for number, key in enumerate(keys):
-        record = store.get(key)
+        record = store.get_many([key])[0]
         assert record is not None
         assert record.depth == 3
         assert torch.equal(record.value, value(4, 30.0 + number))
@@ -48,7 +48,7 @@ def test_a_record_of_another_size_frees_its_slot_for_others() -> None:
     assert store.put(b"a", 2, value(2, 2.0))
     assert store.nbytes == 2 * KIB
     assert store.put(b"b", 1, value(4, 3.0))
-    record = store.get(b"a")
+    record = store.get_many([b"a"])[0]
     assert record is not None
     assert torch.equal(record.value, value(2, 2.0))
 
@@ -57,7 +57,7 @@ def test_a_record_that_finds_no_room_is_not_there_at_all() -> None:
     store = HostStore(4 * KIB)
     assert store.put(b"a", 1, value(4, 1.0))
     assert not store.put(b"a", 2, value(8, 2.0))
-    assert store.get(b"a") is None
+    assert store.get_many([b"a"])[0] is None
     assert store.nbytes == 0
 
 
@@ -66,8 +66,8 @@ def test_a_thaw_forgets_what_is_deeper() -> None:
     for depth in (1, 2, 3):
         store.put(bytes([depth]), depth, value(1, float(depth)))
     assert store.drop_deeper(1) == 2
-    assert store.get(b"\x01") is not None
-    assert store.get(b"\x02") is None
+    assert store.get_many([b"\x01"])[0] is not None
+    assert store.get_many([b"\x02"])[0] is None
     assert (store.records, store.nbytes) == (1, KIB)
 
 

@@ -28,8 +28,8 @@ def test_trec_has_the_published_rule_and_schedule() -> None:
     recipe = load_recipe("trec")
     assert recipe.model == "minilm"
     assert recipe.data.source == "trec"
-    own = {"initial_depth": 2, "start": 0.7}
-    assert recipe.freeze.options == {"percentile": 50, "evaluations_per_epoch": 5, **own}
+    own = {"initial_depth": 2, "start": 0.65}
+    assert recipe.freeze.options == {"percentile": 75, "evaluations_per_epoch": 5, **own}
     assert recipe.schedule == Schedule(at=[0.3, 0.6], factor=[0.7, 0.4])
     given = {"num_train_epochs": 4, "per_device_train_batch_size": 16, "learning_rate": 5e-5, "report_to": "none"}
     assert {key: recipe.training[key] for key in given} == given
@@ -39,9 +39,9 @@ def test_trec_has_the_published_rule_and_schedule() -> None:
 def test_overrides_are_dotted_yaml() -> None:
     recipe = load_recipe(
         "trec",
-        ["freeze.percentile=75", "training.learning_rate=1e-4", "data.train_limit=10", "seed=3", "schedule=null"],
+        ["freeze.percentile=90", "training.learning_rate=1e-4", "data.train_limit=10", "seed=3", "schedule=null"],
     )
-    assert recipe.freeze.options["percentile"] == 75
+    assert recipe.freeze.options["percentile"] == 90
     assert recipe.training["learning_rate"] == 1e-4
     assert recipe.data.train_limit == 10
     assert recipe.directory == Path("runs/trec-seed3")
@@ -51,7 +51,7 @@ def test_overrides_are_dotted_yaml() -> None:
 def test_another_policy_drops_the_options_of_the_old_one() -> None:
     recipe = load_recipe("trec", ["freeze.policy=static", "freeze.depth=3"])
     assert (recipe.freeze.policy, recipe.freeze.options) == ("static", {"depth": 3})
-    assert load_recipe("trec", ["freeze.policy=gradient-norm"]).freeze.options["percentile"] == 50
+    assert load_recipe("trec", ["freeze.policy=gradient-norm"]).freeze.options["percentile"] == 75
 
 
 def test_off_is_a_word_and_5e_5_a_number() -> None:
@@ -85,7 +85,7 @@ def test_every_fault_is_named_at_once() -> None:
         "unknown key 'frese': did you mean",
         "percentile=101: Input should be less than or equal to 100",
         "unknown option of policy 'gradient-norm' 'speed'",
-        "cache.mode: unknown cache mode 'auto': Valid choices: memory, off",
+        "cache.mode: unknown cache mode 'auto': Valid choices: disk, memory, off",
         "unknown key in data 'text_colum': did you mean 'text_column'",
         "schedule: at has 1 values and factor 2",
         "max_length='long': Input should be a valid integer",

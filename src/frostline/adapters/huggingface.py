@@ -36,7 +36,7 @@ from transformers import (
 from frostline.adapters.checkpoints import check, newest_complete
 from frostline.adapters.randomness import capture, restore
 from frostline.blocks import BlockStack
-from frostline.cache import check_cache
+from frostline.cache import CacheSetting, cache_options
 from frostline.engine import Frostline, plan_for
 from frostline.errors import ConfigError, FrostlineError, ModelError, ResumeError
 from frostline.events import EventLog
@@ -50,7 +50,7 @@ __all__ = ["Frost", "attach"]
 def attach(
     trainer: Trainer,
     policy: str = "gradient-norm",
-    cache: str = "off",
+    cache: CacheSetting = "off",
     *,
     blocks: str | None = None,
     events: EventLog | str | Path | None = None,
@@ -62,7 +62,8 @@ def attach(
     Args:
         trainer: any ``transformers.Trainer`` or subclass, before ``train()``.
         policy: name of a policy (``frostline.policies.available()``); ``none`` installs nothing.
-        cache: ``memory`` keeps boundary activations in host memory and skips the frozen prefix; ``off``.
+        cache: ``memory`` or ``disk`` keeps boundary activations and skips the frozen prefix; ``off``. A mapping sets
+            budgets too (:class:`~frostline.cache.CacheOptions`).
         blocks: dotted path of the list of blocks, where the model has several or none is found.
         events: an :class:`EventLog` or the path of ``events.jsonl``; kept in memory if not given.
         max_depth_changes: bound on moves of the frost line (default: 6 under ``torch_compile``, else none).
@@ -75,9 +76,9 @@ def attach(
         ConfigError: an unknown policy or option, a value out of range, or a second ``attach``.
         ModelError: a model or a wrapper that cannot be frozen by depth.
     """
-    check_cache(cache)
+    caching = cache_options(cache)
     validate(policy, options)
-    settings = {"policy": policy, "cache": cache, "blocks": blocks, "max_depth_changes": max_depth_changes, **options}
+    settings = {"policy": policy, "cache": caching, "blocks": blocks, "max_depth_changes": max_depth_changes, **options}
     frost = Frost(trainer, events, settings)
     if policy == "none":
         # Nothing is installed: this engine only answers summary().

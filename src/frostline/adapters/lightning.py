@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from frostline.cache import check_cache
+from frostline.cache import CacheSetting, cache_options
 from frostline.engine import COMPILED_DEPTH_CHANGES, Frostline
 from frostline.errors import ConfigError, FrostlineError, ModelError
 from frostline.events import EventLog
@@ -29,7 +29,8 @@ class FrostlineCallback(pl.Callback):
 
     Args:
         policy: name of a policy (``frostline.policies.available()``); ``none`` does nothing.
-        cache: ``memory`` keeps boundary activations in host memory and skips the frozen prefix; ``off``.
+        cache: ``memory`` or ``disk`` keeps boundary activations and skips the frozen prefix; ``off``. A mapping sets
+            budgets too (:class:`~frostline.cache.CacheOptions`).
         blocks: dotted path of the list of blocks inside the LightningModule, where it is not found by itself.
         events: an :class:`EventLog` or the path of ``events.jsonl``.
         max_depth_changes: bound on moves of the frost line (default: 6 for a compiled module, else none).
@@ -42,18 +43,17 @@ class FrostlineCallback(pl.Callback):
     def __init__(
         self,
         policy: str = "gradient-norm",
-        cache: str = "off",
+        cache: CacheSetting = "off",
         *,
         blocks: str | None = None,
         events: EventLog | str | Path | None = None,
         max_depth_changes: int | None = None,
         **options: Any,
     ) -> None:
-        check_cache(cache)
         validate(policy, options)
         self.engine: Frostline | None = None
         self._log = events if isinstance(events, EventLog) else EventLog(events)
-        self._settings = {"policy": policy, "cache": cache, "blocks": blocks, **options}
+        self._settings = {"policy": policy, "cache": cache_options(cache), "blocks": blocks, **options}
         self._max_depth_changes = max_depth_changes
         self._saved: dict[str, Any] | None = None
         self._counted = 0

@@ -1,5 +1,6 @@
 """The storage manager: boundary activations are kept, and the frozen prefix is skipped."""
 
-from frostline.cache.manager import MODES, CacheManager, check_cache
+from frostline.cache.manager import CacheManager
+from frostline.cache.options import CacheOptions, CacheSetting, cache_options
 
-__all__ = ["MODES", "CacheManager", "check_cache"]
+__all__ = ["CacheManager", "CacheOptions", "CacheSetting", "cache_options"]

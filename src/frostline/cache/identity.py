@@ -17,7 +17,7 @@ from torch import Tensor
 from frostline.cache.passes import tensors_in
 from frostline.trace import Call
 
-__all__ = ["Rows", "identify", "is_packed"]
+__all__ = ["Rows", "bits", "identify", "is_packed"]
 
 # Inputs of the head or of the decoder: they never reach the encoder's frost line, and labels of sequences are padded
 # to their batch. (The self-check would find a model for which this is wrong.)
@@ -84,7 +84,7 @@ def identify(call: Call, rows: int, *, padding_safe: bool) -> Rows:
     for name in sorted(tensors.keys() - own.keys()):  # holds for all rows (positions given once)
         value = tensors[name].detach().cpu()
         shared.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        shared.update(_array(value).tobytes())
+        shared.update(bits(value))
     prefix = shared.digest()
     named = Rows([], real)
     whole = {n: np.ascontiguousarray(_array(t)) for n, t in sorted(own.items())}
@@ -116,6 +116,11 @@ def _is_beyond(name: str) -> bool:
 
 def _is_setting(value: object) -> bool:
     return isinstance(value, (bool, int, float, str))
+
+
+def bits(value: Tensor) -> bytes:
+    """The bits of a tensor on the CPU, row by row."""
+    return _array(value).tobytes()
 
 
 def _array(value: Tensor) -> np.ndarray[Any, Any]:

@@ -8,7 +8,6 @@ records of different depths and without any, and a record is upgraded when its s
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,24 +19,15 @@ from torch import Tensor, nn
 from frostline.blocks import BlockStack
 from frostline.cache import gates
 from frostline.cache.identity import Rows, identify, is_packed
+from frostline.cache.options import CacheOptions
 from frostline.cache.passes import Passes, rows_of, slice_rows
 from frostline.cache.store import HostStore, Record, Store
-from frostline.errors import ConfigError, choices_message
+from frostline.cache.tiers import PrefixDigest, Tiers, open_disk, open_host
 from frostline.trace import Call
 
-__all__ = ["MODES", "CacheManager", "check_cache"]
+__all__ = ["CacheManager"]
 
 logger = logging.getLogger("frostline")
-
-MODES = ("off", "memory")
-# Of the memory that is free when caching starts; the rest is the run's own.
-_SHARE = 0.5
-
-
-def check_cache(mode: str) -> None:
-    """Raise :class:`ConfigError` where ``mode`` is no cache mode."""
-    if mode not in MODES:
-        raise ConfigError(choices_message("cache mode", mode, MODES))
 
 
 class CacheManager:
@@ -45,15 +35,17 @@ class CacheManager:
 
     Args:
         stack: where the model can be cut.
+        options: where records are kept, and how many.
         samples_per_epoch: after so many samples without one hit, the inputs never repeat and caching stops.
         report: takes an action and its numbers (``cache`` events of the log).
         limit: takes a code and a message: what cannot be cached, and why (law 8).
-        store: where records are kept; default: host memory, half of what is free.
+        store: in place of what the options say (tests).
     """
 
     def __init__(
         self,
         stack: BlockStack,
+        options: CacheOptions,
         *,
         samples_per_epoch: int,
         report: Callable[..., None],
@@ -61,7 +53,9 @@ class CacheManager:
         store: Store | None = None,
     ) -> None:
         self.stack = stack
-        self.store: Store = store if store is not None else HostStore(int(_SHARE * _free_memory()))
+        self.store: Store = store if store is not None else HostStore(0)
+        self._options, self._opened = options, store is not None
+        self._digest = PrefixDigest(stack)
         self.depth = 0
         self.counts: Counter[str] = Counter()
         self.stopped: str | None = None
@@ -72,6 +66,7 @@ class CacheManager:
         self._checked = False
         self._padding_safe: bool | None = None
         self._prefix: list[Tensor] = []
+        self._buffers: dict[int, Tensor] = {}
         self._versions: list[tuple[int, int]] = []
         self._lines: set[int] = set()
         self._busy = False
@@ -85,39 +80,56 @@ class CacheManager:
             return
         if depth < self.depth:
             self._unknown_in_a_row = 0
+            self._digest.forget()
             self.counts["dropped"] += self.store.drop_deeper(depth)
             self._lines = {line for line in self._lines if line <= depth}
         if stack is not self.stack:
-            self.stack, self._passes = stack, None
+            self.stack, self._passes, self._digest = stack, None, PrefixDigest(stack)
         self._uninstall()
         self.depth, self._checked = depth, False
         self._versions = []
-        self._prefix = list(stack.prefix_parameters(depth).values())
-        self._prefix += [b for m in stack.prefix_modules(depth) for b in m.buffers()]
+        buffers = [b for m in stack.prefix_modules(depth) for b in m.buffers()]
+        self._buffers = dict(enumerate(buffers))
+        self._prefix = [*buffers, *stack.prefix_parameters(depth).values()]
         if depth and self.stopped is None:
+            if not self._opened:
+                self.store, self._opened = self._open(), True
             self._install()
 
     def stop(self, code: str, reason: str) -> None:
         """Give up caching for the rest of the run, and say why; the run goes on without."""
         self.stopped = reason
         self._uninstall()
-        self.store.clear()
+        self.store.close()
+        self.store = HostStore(0)
         self._limit(f"cache-{code}", f"caching stopped: {reason}")
 
     def close(self) -> None:
-        """Take every hook away and forget the records."""
+        """Take every hook away, and keep only the records that the options say."""
         self._uninstall()
-        self.store.clear()
+        self.store.close()
 
     def summary(self) -> dict[str, Any]:
         """Counts in samples: ``hits`` (read at the line), ``upgrades`` (read below it), ``misses``, ``written``..."""
         names = ("hits", "upgrades", "misses", "written", "full", "dropped", "stale")
         return {
             **{name: self.counts[name] for name in names},
+            "torn": self.store.torn,
+            "lost": self.store.lost,
             "records": self.store.records,
             "bytes": self.store.nbytes,
             "stopped": self.stopped,
         }
+
+    def _open(self) -> Store:
+        host = open_host(self._options)
+        if self._options.mode == "memory":
+            return host
+        try:
+            return Tiers(host, open_disk(self._options, self.stack, self._digest))
+        except OSError as error:
+            self._limit("cache-disk", f"no boundary activations on disk, only in memory: {error}")
+            return host
 
     # -- hooks -----------------------------------------------------------------------------------------------
 
@@ -193,7 +205,7 @@ class CacheManager:
 
     def _assemble(self, passes: Passes, call: Call, named: Rows) -> Tensor:
         """Group the rows by the depth of their record, bring each group to the line, and join them."""
-        records = [self.store.get(key) for key in named.keys]
+        records = self.store.get_many(named.keys)
         groups: dict[int, list[int]] = {}
         for row, record in enumerate(records):
             groups.setdefault(record.depth if record is not None and record.depth <= self.depth else 0, []).append(row)
@@ -255,16 +267,16 @@ class CacheManager:
     def _forget_stale(self) -> None:
         """Forget every record if a weight or buffer of the prefix is not what it was."""
         versions = [(tensor.data_ptr(), tensor._version) for tensor in self._prefix]
-        if self._versions and versions != self._versions:
+        if versions == self._versions:
+            return
+        # DDP writes the buffers of rank 0 over all others' at each step: they have a new version, and the same values.
+        changed = [i for i, (a, b) in enumerate(zip(versions, self._versions, strict=False)) if a != b]
+        same = all(i in self._buffers and torch.equal(self._buffers[i], self._prefix[i]) for i in changed)
+        if self._versions and not same:
             self.counts["stale"] += self.store.records
             self._report("stale", depth=self.depth, records=self.store.records)
             self.store.clear()
+            self._digest.forget()
             self._checked, self._unknown_in_a_row = False, 0
         self._versions = versions
-
-
-def _free_memory() -> int:
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 2 << 30
+        self._buffers = {i: self._prefix[i].detach().clone() for i in self._buffers}

@@ -8,7 +8,7 @@ the hidden state comes in. Nothing stays behind, so copies and pickles of the mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,20 @@ def slice_rows(call: Call, rows: Sequence[int], of: int) -> Call:
 
 
 @contextmanager
+def _aside(model: nn.Module | None) -> Iterator[None]:
+    """A pass beside the training pass: without gradients, leaving nothing behind, and in eval mode if ``model``."""
+    cached = torch.is_autocast_cache_enabled()
+    # Autocast keeps the weights that it has cast for the rest of its context. Cast without gradients and kept, they
+    # would cut the training pass that follows off from its weights.
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad(), random_state_kept(), _all_eval(model) if model is not None else nullcontext():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+@contextmanager
 def _all_eval(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode, and back; by the flag, because pinned modules answer ``train`` in their own way."""
     training = [m for m in model.modules() if m.training]
@@ -149,7 +163,7 @@ class Passes:
             ModelError: a block that does not run once and in order, whose output is neither a tensor nor a tuple
                 with the hidden state in it, or that hands later blocks something made anew for every row.
         """
-        with torch.no_grad(), _all_eval(self.stack.model), random_state_kept():
+        with _aside(self.stack.model):
             ran = self._watch(call, depth)
         self.links = [self._link(i, ran, rows) for i in range(depth)]
         self._made.clear()
@@ -223,12 +237,12 @@ class Passes:
 
         self.begin(call, enter, hidden)
         self._replace({depth: _stop}, more=True)
-        with torch.no_grad(), _all_eval(self.stack.model), random_state_kept():
+        with _aside(self.stack.model):
             return self._run(call)
 
     def output(self, call: Call, enter: int = 0, hidden: Tensor | None = None) -> Any:
         """What the whole model gives in eval mode, with the blocks before ``enter`` skipped."""
-        with torch.no_grad(), _all_eval(self.stack.model), random_state_kept():
+        with _aside(self.stack.model):
             self.begin(call, enter, hidden)
             try:
                 return self.module.forward(*call[0], **call[1])
@@ -241,7 +255,7 @@ class Passes:
         The random numbers go on from pass to pass, so whatever is random shows as a difference.
         """
         found = []
-        with torch.no_grad(), random_state_kept():
+        with _aside(None):
             for _ in range(times):
                 self._replace({depth: _stop})
                 found.append(self._run(call, hooks=True))
@@ -276,7 +290,7 @@ class Passes:
         shapes = _shapes(call)
         if shapes not in self._made:
             if any("made" in (link.kinds or ()) for link in self.links):
-                with torch.no_grad(), _all_eval(self.stack.model), random_state_kept():
+                with _aside(self.stack.model):
                     one = slice_rows(call, [0], rows_of(call, getattr(self.module, "main_input_name", None)))
                     self._remember(call, self._watch(one, self.depth))
             else:

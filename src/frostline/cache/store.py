@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,10 +23,22 @@ class Record(NamedTuple):
 
 
 class Store(Protocol):
-    """Keeps records within a budget. A record is whole or not there."""
+    """Keeps records within a budget. A record is whole or not there.
 
-    def get(self, key: bytes) -> Record | None:
-        """The record of a sample, or ``None``. Its tensor is valid until the next ``put`` of the same key."""
+    ``torn`` counts records that were found damaged, ``lost`` those that were taken and then not kept.
+    """
+
+    @property
+    def torn(self) -> int: ...
+
+    @property
+    def lost(self) -> int: ...
+
+    def get_many(self, keys: Sequence[bytes]) -> list[Record | None]:
+        """The records of some samples. The tensors are valid until the next ``put`` of their keys."""
+
+    def holds(self, key: bytes) -> bool:
+        """Whether there is a record of a sample."""
 
     def put(self, key: bytes, depth: int, value: Tensor) -> bool:
         """Keep a record, over the sample's earlier one; ``False`` where the budget has no room for it."""
@@ -34,7 +47,10 @@ class Store(Protocol):
         """Forget records deeper than ``depth`` (a thaw), and say how many there were."""
 
     def clear(self) -> None:
-        """Forget everything and give the space back."""
+        """Forget every record."""
+
+    def close(self) -> None:
+        """Give everything back; nothing is asked of the store after that."""
 
     @property
     def records(self) -> int: ...
@@ -59,6 +75,8 @@ class HostStore:
         self._chunk: Tensor | None = None
         self._used = self._reserved = self._kept = 0
 
+    torn = lost = 0  # memory neither tears nor refuses later what it has taken
+
     @property
     def records(self) -> int:
         return len(self._slots)
@@ -68,9 +86,12 @@ class HostStore:
         """Bytes of the records that are kept."""
         return self._kept
 
-    def get(self, key: bytes) -> Record | None:
-        found = self._slots.get(key)
-        return None if found is None else Record(found[0], found[2])
+    def get_many(self, keys: Sequence[bytes]) -> list[Record | None]:
+        found = (self._slots.get(key) for key in keys)
+        return [None if slot is None else Record(slot[0], slot[2]) for slot in found]
+
+    def holds(self, key: bytes) -> bool:
+        return key in self._slots
 
     def put(self, key: bytes, depth: int, value: Tensor) -> bool:
         size = -(-value.nbytes // _ALIGN) * _ALIGN
@@ -100,6 +121,9 @@ class HostStore:
         self._slots.clear()
         self._free.clear()
         self._chunk, self._used, self._reserved, self._kept = None, 0, 0, 0
+
+    def close(self) -> None:
+        self.clear()
 
     def _slot(self, size: int) -> Tensor | None:
         if self._free[size]:

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from frostline import __version__
-from frostline.cli import compare, fetch, inspect, recipes, replay, report, run
+from frostline.cli import cache, compare, fetch, inspect, recipes, replay, report, run
 from frostline.errors import FrostlineError
 
 __all__ = ["app", "main"]
@@ -67,6 +67,7 @@ run.register(app)
 report.register(app)
 compare.register(app)
 replay.register(app)
+cache.register(app)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from frostline.errors import ConfigError, choices_message
+from frostline.errors import ConfigError, choices_message, validation_message
 from frostline.policies.base import Plan, Policy, PolicyOptions
 from frostline.policies.gradient_norm import GradientNorm
 from frostline.policies.none import NoFreezing
@@ -62,15 +62,7 @@ def validate(name: str, options: Mapping[str, Any]) -> PolicyOptions:
     try:
         return cls(**options)
     except ValidationError as error:
-        faults = []
-        for fault in error.errors():
-            where = ".".join(str(part) for part in fault["loc"])
-            if fault["type"] == "extra_forbidden":
-                faults.append(choices_message(f"option of policy {name!r}", where, cls.model_fields))
-            else:
-                label = f"{where}={fault['input']!r}: " if where else ""
-                faults.append(f"policy {name!r}, {label}{fault['msg'].removeprefix('Value error, ')}")
-        raise ConfigError("; ".join(faults)) from None
+        raise ConfigError(validation_message(error, f"policy {name!r}", cls.model_fields)) from None
 
 
 def create(name: str, options: Mapping[str, Any], plan: Plan) -> Policy[Any]:

@@ -119,7 +119,7 @@ def _side(
     frost = attach(
         trainer,
         freeze.policy,
-        recipe.cache.mode,
+        recipe.cache,
         blocks=freeze.blocks,
         events=recorder.log,
         max_depth_changes=freeze.max_depth_changes,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from frostline.cache import check_cache
+from frostline.cache import CacheOptions
 from frostline.errors import ConfigError, choices_message
 from frostline.policies.registry import validate
 from frostline.recipes.document import apply_overrides, read_yaml
@@ -16,7 +16,7 @@ from frostline.recipes.library import recipe_path
 from frostline.recipes.training import checked_training
 from frostline.tasks.data import DataSpec
 
-__all__ = ["CacheSection", "FreezeSection", "Recipe", "Schedule", "load_recipe"]
+__all__ = ["FreezeSection", "Recipe", "Schedule", "load_recipe"]
 
 
 class _Section(BaseModel):
@@ -45,18 +45,6 @@ class FreezeSection(_Section):
     def options(self) -> dict[str, Any]:
         """The policy's own options, as given."""
         return dict(self.model_extra or {})
-
-
-class CacheSection(_Section):
-    """``mode``: ``off``, or ``memory``, which keeps boundary activations in host memory and skips the frozen prefix."""
-
-    mode: str = "off"
-
-    @field_validator("mode")
-    @classmethod
-    def _is_known(cls, value: str) -> str:
-        check_cache(value)
-        return value
 
 
 class Schedule(_Section):
@@ -92,7 +80,7 @@ class Recipe(_Section):
     data: DataSpec
     max_length: int = Field(default=128, ge=2, description="tokens; longer texts are cut")
     freeze: FreezeSection = FreezeSection()
-    cache: CacheSection = CacheSection()
+    cache: CacheOptions = CacheOptions()
     schedule: Schedule | None = None
     training: dict[str, Any] = Field(default_factory=dict, validate_default=True)
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -124,7 +112,7 @@ class Recipe(_Section):
         return Path(self.output_dir or f"runs/{self.name}-seed{self.seed}").expanduser()
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"data": DataSpec, "cache": CacheSection, "schedule": Schedule}
+_SECTIONS: dict[str, type[BaseModel]] = {"data": DataSpec, "cache": CacheOptions, "schedule": Schedule}
 
 
 def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:

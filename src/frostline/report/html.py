@@ -88,6 +88,7 @@ def render_report(run: Run) -> str:
     sections = [
         _trajectory(run, plots.trajectory_plot(run)),
         _decisions(run, plots.decision_plot(run)),
+        *_cache(run),
         _losses(run, plots.loss_plot(run)),
         _evaluations(run, plots.evaluation_plot(run, _main_metric(run))),
         _time(run, plots.time_plot(run)),
@@ -193,6 +194,47 @@ def _decisions(run: Run, plot: Plot | None) -> Section:
         if any(cell != "-" for row in rows for cell in row[1:]):
             tables.append(_thin(Numbers(caption, ("decision", *heads), rows)))
     return Section("decisions", title, text, plot, tables)
+
+
+_COUNTS = {
+    "hits": "read at the frost line",
+    "upgrades": "read below it and brought to it",
+    "misses": "computed from the start",
+    "written": "records written",
+    "full": "records that found no room",
+    "dropped": "records dropped by a thaw",
+    "stale": "records dropped because a weight changed",
+    "records": "records at the end",
+}
+
+
+def _cache(run: Run) -> Iterable[Section]:
+    counts, checks = (run.summary or {}).get("cache"), [e for e in run.select("cache") if e.get("action") == "check"]
+    if not counts and not checks:
+        return
+    tables, text = [], "Samples with a record skip the frozen blocks."
+    if counts:
+        looked = sum(counts[name] for name in ("hits", "upgrades", "misses"))
+        share = (counts["hits"] + counts["upgrades"]) / max(1, looked)
+        text = f"{share:.0%} of the {looked:,} samples that met the frost line had a record and skipped frozen blocks."
+        rows = [(label, f"{counts[name]:,}") for name, label in _COUNTS.items()]
+        tables.append(
+            Numbers("Samples", ("what", "count"), [*rows, ("MiB at the end", f"{counts['bytes'] / 2**20:.1f}")])
+        )
+    if checks:
+        heads = ("sample", "depth", "between passes", "skipped against full", "outcome")
+        found = [
+            (
+                f"{e['samples']:,}",
+                str(e["depth"]),
+                _number(e["noise"]),
+                _number(e["difference"]),
+                e["refusal"] or "used",
+            )
+            for e in checks
+        ]
+        tables.append(Numbers("Checks before the first hit at a depth (largest relative difference)", heads, found))
+    yield Section("cache", "Cache", text, None, tables)
 
 
 def _per_block(numbers: dict[str, Any] | None, blocks: int) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from frostline.errors import DataError, choices_message
+from frostline.places import cache_dir
 from frostline.tasks import _unpack
 from frostline.tasks._download import Source, download, file_sha256, storage_error
 
@@ -151,13 +152,6 @@ ASSETS: Mapping[str, Asset] = MappingProxyType(
         )
     }
 )
-
-
-def cache_dir() -> Path:
-    """Where assets live: ``$FROSTLINE_CACHE``, else ``$XDG_CACHE_HOME/frostline``, else ``~/.cache/frostline``."""
-    if chosen := os.environ.get("FROSTLINE_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "frostline"
 
 
 def is_fetched(name: str) -> bool:

@@ -1,0 +1,58 @@
+"""What a user may say of the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+
+from frostline.errors import ConfigError, choices_message, validation_message
+
+__all__ = ["MODES", "CacheOptions", "CacheSetting", "cache_options"]
+
+MODES = ("off", "memory", "disk")
+
+
+class CacheOptions(BaseModel):
+    """How boundary activations are kept.
+
+    ``mode``: ``off``; ``memory`` (host memory); ``disk`` (host memory, and a folder for what does not fit there).
+    ``memory`` and ``disk`` are budgets in bytes (or "2GB"; default: half of what is free), ``folder`` is where records
+    on disk go (default: the user's cache), ``keep`` leaves them there when the run ends.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: str = "off"
+    memory: ByteSize | None = Field(default=None, ge=0)
+    disk: ByteSize | None = Field(default=None, ge=0)
+    folder: Path | None = None
+    keep: bool = False
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _is_known(cls, value: Any) -> Any:
+        value = "off" if value is False else value  # YAML reads the word off as false
+        if value not in MODES:
+            raise ValueError(choices_message("cache mode", str(value), MODES))
+        return value
+
+
+CacheSetting = str | Mapping[str, Any] | CacheOptions
+
+
+def cache_options(setting: CacheSetting) -> CacheOptions:
+    """Options from a mode alone (``"memory"``) or from all of them.
+
+    Raises:
+        ConfigError: an unknown mode or option, a budget that is none.
+    """
+    if isinstance(setting, CacheOptions):
+        return setting
+    given = {"mode": setting} if isinstance(setting, str) else dict(setting)
+    try:
+        return CacheOptions(**given)
+    except ValidationError as error:
+        raise ConfigError(validation_message(error, "cache", CacheOptions.model_fields)) from None

@@ -1,0 +1,268 @@
+"""The disk tier: in place, within its budget, and no wrong record whatever happens to its files (law 6)."""
+
+from __future__ import annotations
+
+import random
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from frostline.cache.disk import DiskStore
+
+WIDTH = 24
+
+
+def prefix(depth: int) -> bytes:
+    return bytes([depth]) * 16
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
+def value(number: int, depth: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * depth + number)
+    return torch.randn(3 + number % 5, WIDTH, generator=generator)
+
+
+def filled(folder: Path, count: int = 20, depth: int = 1, budget: int = 1 << 20, *, keep: bool = False) -> DiskStore:
+    store = DiskStore(folder, budget, prefix=prefix, keep=keep)
+    for number in range(count):
+        assert store.put(key(number), depth, value(number, depth))
+    store.flush()
+    return store
+
+
+def assert_records(store: DiskStore, count: int, depth: int) -> None:
+    for number, record in enumerate(store.get_many([key(n) for n in range(count)])):
+        assert record is not None
+        assert record.depth == depth
+        assert torch.equal(record.value, value(number, depth))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_gives_back_what_was_put(dtype: torch.dtype, tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "a", 1 << 20, prefix=prefix)
+    kept = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    given = kept.clone()
+    assert store.put(key(0), 3, given)
+    given.zero_()  # the store has its own copy, written or not
+    store.flush()
+    missing, record = store.get_many([key(1), key(0)])
+    assert missing is None
+    assert record is not None
+    assert record.depth == 3
+    assert record.value.dtype == dtype
+    assert torch.equal(record.value, kept)
+    store.close()
+
+
+def test_an_upgrade_takes_its_slot_in_place(tmp_path: Path) -> None:
+    store = filled(tmp_path / "a")
+    size = (tmp_path / "a" / "slots.bin").stat().st_size
+    for depth in (2, 3):
+        for number in range(20):
+            store.put(key(number), depth, value(number, depth))
+        store.flush()
+        assert_records(store, 20, depth)
+    assert (tmp_path / "a" / "slots.bin").stat().st_size == size
+    store.close()
+
+
+def test_the_budget_holds_and_what_is_over_it_is_counted(tmp_path: Path) -> None:
+    store = filled(tmp_path / "a", budget=2500)
+    assert 0 < store.records < 20
+    assert store.records + store.lost == 20
+    assert (tmp_path / "a" / "slots.bin").stat().st_size <= 2500
+    store.close()
+
+
+def test_a_thaw_frees_slots_for_others(tmp_path: Path) -> None:
+    store = filled(tmp_path / "a", 10, depth=1)
+    size = (tmp_path / "a" / "slots.bin").stat().st_size
+    for number in range(10):
+        store.put(key(number), 2 + number % 2, value(number, 2 + number % 2))
+    assert store.drop_deeper(2) == 5
+    for number in range(100, 105):
+        store.put(key(number), 1, value(number - 99, 1))
+    store.flush()
+    assert store.records == 10
+    assert (tmp_path / "a" / "slots.bin").stat().st_size == size
+    store.close()
+
+
+def test_nobody_else_can_read_it_and_nothing_is_left(tmp_path: Path) -> None:
+    store = filled(tmp_path / "a")
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o700
+    for file in (tmp_path / "a").iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    store.close()
+    assert not (tmp_path / "a").exists()
+
+
+def test_kept_records_are_found_again(tmp_path: Path) -> None:
+    filled(tmp_path / "a", keep=True).close()
+    store = DiskStore(tmp_path / "a", 1 << 20, prefix=prefix)
+    assert store.records == 20
+    assert_records(store, 20, 1)
+    store.put(key(50), 1, value(50, 1))
+    store.flush()
+    assert_records(store, 20, 1)
+    store.close()
+
+
+def test_records_of_other_weights_are_not(tmp_path: Path) -> None:
+    filled(tmp_path / "a", keep=True).close()
+    store = DiskStore(tmp_path / "a", 1 << 20, prefix=lambda depth: b"other weights...")
+    assert store.records == 0
+    assert store.get_many([key(3)]) == [None]
+    store.close()
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    store = filled(tmp_path / "a")
+    with pytest.raises(BlockingIOError):
+        DiskStore(tmp_path / "a", 1 << 20, prefix=prefix)
+    assert_records(store, 20, 1)
+    store.close()
+
+
+def damage(folder: Path, kind: str, generator: random.Random) -> None:
+    data = folder / "slots.bin"
+    content = bytearray(data.read_bytes())
+    if kind == "flip":
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    elif kind == "truncate":
+        del content[generator.randrange(len(content)) :]
+    elif kind == "swap":  # two slots of equal size change places: each is sound in itself
+        content[:704], content[704 * 5 :][:704] = content[704 * 5 :][:704], content[:704]
+    data.write_bytes(content)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", ["flip", "truncate"])
+def test_a_damaged_slot_is_never_used(kind: str, seed: int, tmp_path: Path) -> None:
+    """40 times; the others are found, and without the damage all are."""
+    generator = random.Random(seed)
+    filled(tmp_path / "a", keep=True).close()
+    sound = (tmp_path / "a" / "slots.bin").read_bytes()
+    places = (tmp_path / "a" / "slots.idx").read_bytes()
+    hurt = 0
+    for _ in range(8):
+        (tmp_path / "a" / "slots.bin").write_bytes(sound)
+        (tmp_path / "a" / "slots.idx").write_bytes(places)
+        damage(tmp_path / "a", kind, generator)
+        store = DiskStore(tmp_path / "a", 1 << 20, prefix=prefix, keep=True)
+        found = store.get_many([key(n) for n in range(20)])
+        for number, record in enumerate(found):
+            assert record is None or torch.equal(record.value, value(number, 1))
+        missing = found.count(None)
+        assert missing <= (1 if kind == "flip" else 20)
+        hurt += missing
+        store.close()
+    assert hurt >= 4, "a flip in the padding of a slot hurts nobody, most others do"
+    (tmp_path / "a" / "slots.bin").write_bytes(sound)
+    (tmp_path / "a" / "slots.idx").write_bytes(places)
+    store = DiskStore(tmp_path / "a", 1 << 20, prefix=prefix)
+    assert_records(store, 20, 1)
+    store.close()
+
+
+def test_swapped_slots_are_never_used(tmp_path: Path) -> None:
+    """While the store is open, so that its index still believes in the old places."""
+    store = filled(tmp_path / "a")
+    data = tmp_path / "a" / "slots.bin"
+    content = data.read_bytes()
+    size = next(e.slot.size for e in store._entries.values())
+    same = [e.slot.offset for e in store._entries.values() if e.slot.size == size]
+    with data.open("r+b") as file:
+        for here, there in zip(same, same[1:] + same[:1], strict=True):
+            file.seek(here)
+            file.write(content[there : there + size])
+    found = store.get_many([key(n) for n in range(20)])
+    assert found.count(None) == len(same) == store.torn
+    for number, record in enumerate(found):
+        assert record is None or torch.equal(record.value, value(number, 1))
+    store.close()
+
+
+CHILD = """
+    import sys
+    from pathlib import Path
+    from tests.cache.test_disk import DiskStore, key, prefix, value
+    store = DiskStore(Path(sys.argv[1]), 1 << 24, prefix=prefix)
+    print("open", flush=True)
+    depth = 1
+    while True:
+        for number in range(200):
+            store.put(key(number), depth, value(number, depth))
+        depth = depth % 5 + 1
+"""
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_while_writing(seed: int, tmp_path: Path) -> None:
+    """SIGKILL at a random moment of writing and writing over; then every record is right or not there."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path / "a")], stdout=subprocess.PIPE, cwd=Path.cwd()
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"open\n"
+    time.sleep(random.Random(seed).uniform(0.0, 0.3))
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    store = DiskStore(tmp_path / "a", 1 << 24, prefix=prefix)
+    found = store.get_many([key(n) for n in range(200)])
+    for number, record in enumerate(found):
+        assert record is None or torch.equal(record.value, value(number, record.depth))
+    for number in range(200):
+        store.put(key(number), 5, value(number, 5))
+    store.flush()
+    assert_records(store, 200, 5)
+    store.close()
+
+
+def test_a_full_disk_ends_writing_and_nothing_else(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: the write fails in its middle."""
+    store = filled(tmp_path / "a", 5)
+    size = (tmp_path / "a" / "slots.bin").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, hard))
+        for number in range(5, 20):
+            store.put(key(number), 1, value(number, 1))
+        store.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert store.lost > 0
+    assert not store.put(key(30), 1, value(30, 1))
+    assert_records(store, 5, 1)
+    for number, record in enumerate(store.get_many([key(n) for n in range(20)])):
+        assert record is None or torch.equal(record.value, value(number, 1))
+    store.close()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(NotADirectoryError):
+        DiskStore(tmp_path / "file" / "a", 1 << 20, prefix=prefix)
+
+
+def test_a_queue_that_is_full_skips_and_does_not_wait(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "a", 1 << 20, prefix=prefix, queued=2000)
+    taken = 0
+    for number in range(500):
+        taken += store.put(key(number), 1, value(number, 1))
+    store.flush()
+    assert store.records == taken
+    store.close()
