@@ -17,9 +17,9 @@ from torch import nn
 
 from frostline.blocks import BlockStack
 from frostline.cache import CacheManager, CacheOptions, CacheSetting, cache_options
-from frostline.errors import ConfigError, ModelError, ResumeError
+from frostline.errors import ConfigError, ResumeError
 from frostline.events import EventLog, environment
-from frostline.freezer import Freezer
+from frostline.freezer import Freezer, refuse_wrapper
 from frostline.policies.base import Decision, Explained, Observation, Plan
 from frostline.policies.registry import create, validate
 from frostline.state import fingerprint, load_state, save_state
@@ -33,6 +33,7 @@ logger = logging.getLogger("frostline")
 # torch.compile falls back to eager after 8 recompiles of one function (torch._dynamo.config.recompile_limit);
 # shapes that turn dynamic take some of them.
 COMPILED_DEPTH_CHANGES = 6
+NOT_CACHED_COMPILED = "compiled model: boundary activations are not cached in this version"
 
 
 def plan_for(stack: BlockStack, samples_per_step: int, samples_per_epoch: int, epochs: float) -> Plan:
@@ -105,7 +106,7 @@ class Frostline:
         self._cached: dict[str, Any] | None = None
         if not self._active:
             return
-        _refuse_wrapper(model)
+        refuse_wrapper(model)
         compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
         self._max_changes = COMPILED_DEPTH_CHANGES if max_depth_changes is None and compiled else max_depth_changes
         self.stack = BlockStack.find(model, blocks)
@@ -219,6 +220,7 @@ class Frostline:
             "seconds": self.seconds,
             "limits": self.limits,
             "events_offset": self.log.offset(),
+            "cache": self.cache.state_dict() if self.cache is not None else None,
         }
         # After finish() the sums are gone: who continues from there starts a new interval.
         state.update(self._freezing_state() if self._active else self._parting)
@@ -251,6 +253,8 @@ class Frostline:
         self.trajectory, self._changes = list(state["trajectory"]), state["changes"]
         self.seconds, self.limits = dict(state["seconds"]), list(state["limits"])
         self.log.rewind(state["events_offset"])
+        if self.cache is not None and state.get("cache"):
+            self.cache.load_state_dict(state["cache"])
         if self._active:
             self.policy.load_state_dict(state["policy_state"])
             depth, resting = state["decision"]["depth"], state["decision"]["resting"]
@@ -338,7 +342,7 @@ class Frostline:
         if options.mode == "off":
             return None
         if compiled:
-            self.limit("cache-compiled", "compiled model: boundary activations are not cached in this version")
+            self.limit("cache-compiled", NOT_CACHED_COMPILED)
             return None
         return CacheManager(
             self.stack, options, samples_per_epoch=self._samples_per_epoch, report=self._log_cache, limit=self.limit
@@ -362,6 +366,8 @@ class Frostline:
             return
         self._first_forward.remove()
         decision, optimizer = self.freezer.decision, self.freezer.optimizer
+        if self.cache is not None:
+            self.cache.moved(self.stack, 0)  # this pass may have begun to skip blocks
         self.freezer.release()
         self.stack = BlockStack.find(model, self._blocks_path, (args, kwargs))
         self.freezer = Freezer(self.stack, optimizer)
@@ -387,17 +393,4 @@ class Frostline:
             blocks=len(self.stack),
             plan=self.plan.numbers(),
             environment=environment(),
-        )
-
-
-def _refuse_wrapper(model: nn.Module) -> None:
-    if isinstance(model, nn.DataParallel):
-        raise ModelError(
-            "nn.DataParallel copies the model at every step, so nothing in it can be frozen; start one process per "
-            "GPU instead: torchrun --nproc-per-node=<GPUs> <your script>"
-        )
-    if isinstance(model, nn.parallel.DistributedDataParallel) and not model.find_unused_parameters:
-        raise ModelError(
-            "this DistributedDataParallel wrapper expects a gradient of every parameter at every step; build it with "
-            "find_unused_parameters=True (Trainer: ddp_find_unused_parameters=True) to freeze while it trains"
         )

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from frostline.blocks import BlockStack
-from frostline.errors import ConfigError, choices_message
+from frostline.errors import ConfigError, ModelError, choices_message
 from frostline.policies.base import Decision
 from frostline.trace import first_tensor
 
-__all__ = ["Freezer"]
+__all__ = ["Freezer", "refuse_wrapper"]
 
 
 class Freezer:
@@ -146,6 +146,24 @@ class Freezer:
         for module in self._switched:
             module.training = True
         self._switched = []
+
+
+def refuse_wrapper(model: nn.Module) -> None:
+    """Say what cannot be frozen because of how a model is wrapped.
+
+    Raises:
+        ModelError: ``DataParallel``, or DDP that expects every gradient.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise ModelError(
+            "nn.DataParallel copies the model at every step, so nothing in it can be frozen; start one process per "
+            "GPU instead: torchrun --nproc-per-node=<GPUs> <your script>"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel) and not model.find_unused_parameters:
+        raise ModelError(
+            "this DistributedDataParallel wrapper expects a gradient of every parameter at every step; build it with "
+            "find_unused_parameters=True (Trainer: ddp_find_unused_parameters=True) to freeze while it trains"
+        )
 
 
 class _StayInEval:

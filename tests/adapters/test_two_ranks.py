@@ -45,6 +45,13 @@ def test_ranks_agree(name: str, ranks: list[dict[str, Any]]) -> None:
         assert first["trajectory"][-1]["depth"] > 0
 
 
+def test_ranks_read_their_own_records(ranks: list[dict[str, Any]]) -> None:
+    """Each rank sees the same rows in both epochs here; DDP runs the blocks that are left."""
+    for rank in ranks:
+        assert rank["ramp-cached"]["read"] > 0
+        assert not rank["ramp-cached"]["limits"]
+
+
 def test_statistic_is_that_of_both_ranks(ranks: list[dict[str, Any]]) -> None:
     """Two ranks with 4 rows each count as one batch of 8: the reduced gradient, not the local one."""
     expected = plain_sums(bert(), [[b] for b in batches(8)[:2]], RATE)

@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gradient-norm": {"policy": "gradient-norm", "percentile": 100.0, "evaluations_per_epoch": 4},
     "random-blocks": {"policy": "random-blocks", "active": 1, "every": 2},
     "ramp-accumulating": RAMP,
+    "ramp-cached": {**RAMP, "cache": "memory"},
 }
 
 
@@ -58,7 +59,10 @@ def _train(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
     assert isinstance(trainer.model_wrapped, DistributedDataParallel), "the test shows nothing without DDP"
     assert_ordinary(trainer.model)
     events = [{k: v for k, v in e.items() if k != "time"} for e in frost.log.events if e["event"] == "decision"]
+    cache = frost.summary()["cache"] or {"hits": 0, "upgrades": 0}
     return {
+        "read": cache["hits"] + cache["upgrades"],
+        "limits": frost.summary()["limits"],
         "decisions": events,
         "trajectory": frost.summary()["trajectory"],
         "samples": frost.summary()["samples"],

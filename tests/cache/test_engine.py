@@ -144,3 +144,22 @@ def test_policy_none_installs_nothing() -> None:
     frost = frostline.Frostline(model, torch.optim.SGD(model.parameters()), policy="none", cache="memory", **PLAN)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     assert frost.summary()["cache"] is None
+
+
+def test_a_model_whose_inputs_are_unknown_is_looked_at_without_the_skip() -> None:
+    """The first batch shows what feeds the blocks; a kept cache must not stand in the way of that look."""
+    architecture = BY_NAME["plain"]
+    owners = []
+    for cache in ("off", "memory"):
+        model = architecture.build()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        frost = frostline.Frostline(
+            model, optimizer, policy="static", depth=2, cache=cache, blocks=architecture.path, **PLAN
+        )
+        assert not frost.stack.traced
+        model.train()
+        model(**batch_of(architecture, [0, 1, 2, 3])).loss.backward()
+        assert frost.stack.traced
+        owners.append(frost.stack.owners)
+        frost.finish()
+    assert owners[0] == owners[1]

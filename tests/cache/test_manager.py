@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,7 @@ def test_where_padding_reaches_real_tokens_its_length_joins_the_name(monkeypatch
     for number, (rows, extra) in enumerate([([0, 1, 2, 3], 0), ([0, 1], 0), ([0, 1, 2, 3], 0), ([3, 1, 2, 0], 0)]):
         batch = ragged(rows, extra=extra)
         assert cached.step(batch, number)[0] == pytest.approx(plain.step(batch, number)[0], rel=1e-5)
-    assert {"action": "padding", "safe": False} in cached.events
+    assert {"action": "padding", "depth": 2, "safe": False} in cached.events
     assert not cached.limits
     assert cached.counts()["hits"] == 8
 
@@ -366,12 +367,12 @@ def test_a_folder_that_cannot_be_made_costs_the_disk_tier_only(tmp_path: Path) -
 def test_two_runs_on_one_folder(tmp_path: Path) -> None:
     first, plain = pair(options=on_disk(tmp_path))
     second, _ = pair(options=on_disk(tmp_path))
-    assert len(list(tmp_path.iterdir())) == 2
     expected = train(plain, EPOCH * 2)
-    for side in (first, second):
-        losses = train(side, EPOCH)
+    losses = [train(side, EPOCH) for side in (first, second)]
+    assert len(list(tmp_path.iterdir())) == 2
+    for side, before in zip((first, second), losses, strict=True):
         flush(side)
-        assert losses + train(side, EPOCH, 3) == pytest.approx(expected, rel=1e-5)
+        assert before + train(side, EPOCH, 3) == pytest.approx(expected, rel=1e-5)
         assert side.counts()["hits"] == SAMPLES
         assert side.cache is not None
         side.cache.close()
@@ -410,3 +411,79 @@ def test_a_record_damaged_while_the_run_goes_on_is_computed_again(tmp_path: Path
     assert cached.cache.summary()["torn"] == 1
     assert cached.counts()["hits"] == SAMPLES - 1
     cached.cache.close()
+
+
+def test_a_weight_that_changes_just_before_the_line_moves_is_noticed() -> None:
+    cached, plain = pair(depth=1)
+    both(cached, plain, EPOCH)
+    for side in (cached, plain):
+        with torch.no_grad():
+            side.model.bert.embeddings.word_embeddings.weight.mul_(1.5)
+        side.freeze(2)
+    both(cached, plain, EPOCH, 3)
+    assert cached.counts()["stale"] == SAMPLES
+    assert cached.counts()["upgrades"] == 0
+
+
+def test_a_deeper_block_that_looks_at_padding_is_noticed_when_it_freezes() -> None:
+    cached, plain = pair(depth=1)
+    for side in (cached, plain):
+        layer = side.model.bert.encoder.layer[1]
+        layer.forward = _mixing(layer.forward)
+    # Seen from depth 1 the mixing block is above the line, where empty padding would be mixed in: not safe either.
+    for number, (depth, rows) in enumerate(
+        [(1, [0, 1, 2, 3]), (1, [0, 1]), (2, [0, 1, 2, 3]), (2, [0, 4, 8]), (2, [4, 8])]
+    ):
+        for side in (cached, plain):
+            side.freeze(depth)
+        batch = ragged(rows)
+        assert cached.step(batch, number)[0] == pytest.approx(plain.step(batch, number)[0], rel=1e-5)
+    assert not cached.limits
+    assert [e["safe"] for e in cached.events if e["action"] == "padding"] == [False]
+
+
+def test_padding_is_looked_at_again_when_the_line_moves() -> None:
+    cached, plain = pair(depth=1)
+    for number, (depth, rows) in enumerate([(1, [0, 1, 2, 3]), (3, [3, 2, 1, 0]), (3, [0, 1])]):
+        for side in (cached, plain):
+            side.freeze(depth)
+        batch = ragged(rows)
+        assert cached.step(batch, number)[0] == pytest.approx(plain.step(batch, number)[0], rel=1e-5)
+    assert [(e["depth"], e["safe"]) for e in cached.events if e["action"] == "padding"] == [(1, True), (3, True)]
+    assert cached.counts()["upgrades"] == 4
+
+
+def test_the_precision_joins_the_name_of_a_record() -> None:
+    cached, _ = pair()
+    for number, enabled in enumerate((False, True, True)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            cached.step(batch_of(BERT, EPOCH[0]), number)
+    assert cached.counts()["misses"] == 2 * ROWS
+    assert cached.counts()["hits"] == ROWS
+
+
+class Slow(HostStore):
+    """Takes its time to read."""
+
+    def get_many(self, keys: Sequence[bytes]) -> list[Record | None]:
+        time.sleep(0.05)
+        return super().get_many(keys)
+
+
+def test_a_store_that_is_slower_than_computing_is_not_used() -> None:
+    cached, plain = pair(store=Slow(1 << 20))
+    both(cached, plain, EPOCH * 5)
+    (limit,) = cached.limits
+    assert limit.startswith("cache-slow: caching stopped: reading a sample takes 1")
+    (cost,) = [e for e in cached.events if e["action"] == "cost"]
+    assert cost["reading"] > 0.01 > cost["computing"]
+    assert cached.counts()["hits"] == 8 * ROWS
+    # A resumed run takes the decision over.
+    again = Side(BERT, cached=True)
+    again.freeze(2)
+    assert cached.cache is not None
+    assert again.cache is not None
+    again.cache.load_state_dict(json.loads(json.dumps(cached.cache.state_dict())))
+    train(again, EPOCH * 2)
+    assert again.counts()["misses"] == 0
+    assert again.cache.summary()["stopped"] == cached.cache.summary()["stopped"]

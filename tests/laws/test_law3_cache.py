@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.cache.sides import ROWS, SAMPLES, Side, batch_of, calls
+from tests.laws.test_law1_checkpointing import CHECKPOINTED, checkpoint
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=repr)
 
@@ -101,3 +102,28 @@ def test_free_running(architecture: Architecture) -> None:
             assert side.counts()["upgrades"] > 0
         losses.append(history)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", CHECKPOINTED, ids=repr)
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_gradient_checkpointing(architecture: Architecture, depth: int, reentrant: bool) -> None:
+    """Active blocks are recomputed from what they were given; frozen ones are not run at all."""
+    cached, plain = Side(architecture, cached=True), Side(architecture, cached=False)
+    for side in (cached, plain):
+        checkpoint(side.model, reentrant=reentrant)
+        side.freeze(depth)
+    for number, rows in enumerate(epochs(1, 2)):
+        batch = batch_of(architecture, rows)
+        loss, gradients = cached.step(batch, number)
+        expected, reference = plain.step(batch, number)
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert_close(gradients, reference)
+        plain.optimizer.step()
+        cached.follow(plain)
+    if architecture.name == "deberta-v2" and depth == 1:
+        (limit,) = cached.limits
+        assert "something between blocks 0 and 1 works on the hidden state" in limit
+    else:
+        assert not cached.limits
+        assert cached.counts()["hits"] == SAMPLES

@@ -28,8 +28,8 @@ def test_trec_has_the_published_rule_and_schedule() -> None:
     recipe = load_recipe("trec")
     assert recipe.model == "minilm"
     assert recipe.data.source == "trec"
-    own = {"initial_depth": 2, "start": 0.65}
-    assert recipe.freeze.options == {"percentile": 75, "evaluations_per_epoch": 5, **own}
+    own = {"initial_depth": 2, "start": 0.5}
+    assert recipe.freeze.options == {"percentile": 75, "evaluations_per_epoch": 10, **own}
     assert recipe.schedule == Schedule(at=[0.3, 0.6], factor=[0.7, 0.4])
     given = {"num_train_epochs": 4, "per_device_train_batch_size": 16, "learning_rate": 5e-5, "report_to": "none"}
     assert {key: recipe.training[key] for key in given} == given

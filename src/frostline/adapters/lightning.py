@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from frostline.cache import CacheSetting, cache_options
-from frostline.engine import COMPILED_DEPTH_CHANGES, Frostline
+from frostline.engine import COMPILED_DEPTH_CHANGES, NOT_CACHED_COMPILED, Frostline
 from frostline.errors import ConfigError, FrostlineError, ModelError
 from frostline.events import EventLog
 from frostline.policies.registry import validate
@@ -102,8 +102,10 @@ class FrostlineCallback(pl.Callback):
             events=self._log,
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             max_depth_changes=moves,
-            **self._settings,
+            **self._settings | ({"cache": "off"} if compiled else {}),
         )
+        if compiled and self._settings["cache"].mode != "off":
+            self.engine.limit("cache-compiled", NOT_CACHED_COMPILED)
         self._counted = trainer.global_step
         if self._saved is not None:
             self.engine.load_state_dict(self._saved)

@@ -36,13 +36,13 @@ class Check:
         return {"noise": self.noise, "difference": self.difference, "refusal": self.refusal}
 
 
-def check(passes: Passes, call: Call, named: Rows, depth: int, lines: Iterable[int]) -> Check:
+def check(passes: Passes, call: Call, named: Rows, depth: int, depths: Iterable[int]) -> Check:
     """Compare passes of one batch.
 
     Args:
         call: the batch; ``named``: its rows.
         depth: the frost line.
-        lines: earlier lines, at which there may be records.
+        depths: where there are records: passes will enter there.
     """
     rows = len(named.keys)
     inputs = passes.look(call, rows, depth)
@@ -51,7 +51,7 @@ def check(passes: Passes, call: Call, named: Rows, depth: int, lines: Iterable[i
     if noise > _tolerance(line):
         return Check(noise, 0.0, f"the boundary activation at depth {depth} of one batch differs from pass to pass by "
                      f"{noise:.1e}: the model draws random numbers, or keeps a mode, below the frost line")  # fmt: skip
-    for earlier in sorted(lines):
+    for earlier in sorted(depths):
         if earlier < depth:
             moved = _difference(line, passes.prefill(call, depth, earlier, inputs[earlier]))
             if moved > _tolerance(line):

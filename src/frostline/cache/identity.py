@@ -77,10 +77,10 @@ def identify(call: Call, rows: int, *, padding_safe: bool) -> Rows:
     tensors = {n: t for n, t in tensors_in(call).items() if not _is_beyond(n)}
     own = {n: t.detach().cpu() for n, t in tensors.items() if t.dim() and t.shape[0] == rows}
     real = _real(own)
-    shared = hashlib.blake2b(
-        repr(sorted((k, v) for k, v in call[1].items() if _is_setting(v) and not _is_beyond(k))).encode(),
-        digest_size=16,
-    )
+    settings = sorted((k, v) for k, v in call[1].items() if _is_setting(v) and not _is_beyond(k))
+    kind = next(iter(tensors.values())).device.type
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    shared = hashlib.blake2b(repr((settings, str(precision))).encode(), digest_size=16)
     for name in sorted(tensors.keys() - own.keys()):  # holds for all rows (positions given once)
         value = tensors[name].detach().cpu()
         shared.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())

@@ -234,10 +234,9 @@ class Passes:
         if enter == depth:
             assert hidden is not None
             return hidden
-
-        self.begin(call, enter, hidden)
-        self._replace({depth: _stop}, more=True)
         with _aside(self.stack.model):
+            self.begin(call, enter, hidden)
+            self._replace({depth: _stop}, more=True)
             return self._run(call)
 
     def output(self, call: Call, enter: int = 0, hidden: Tensor | None = None) -> Any:
@@ -262,12 +261,25 @@ class Passes:
         return found
 
     def begin(self, call: Call, enter: int, hidden: Tensor | None) -> None:
-        """From now until :meth:`end` a pass skips the blocks before ``enter``, which receives ``hidden``."""
+        """From now until :meth:`end` a pass skips the blocks before ``enter``, which receives ``hidden``.
+
+        Raises:
+            ModelError: block ``enter`` is checkpointed, and would be recomputed from something else than ``hidden``.
+        """
         if enter == 0:
             return
         assert hidden is not None
-        self._now = self._extras(call)
         direct = self.links[enter - 1].direct
+        if (
+            not direct
+            and torch.is_grad_enabled()
+            and getattr(self.stack.blocks[enter], "gradient_checkpointing", False)
+        ):
+            raise ModelError(
+                f"something between blocks {enter - 1} and {enter} works on the hidden state, and block {enter} is "
+                "checkpointed: it would be recomputed from another hidden state than it was given"
+            )
+        self._now = self._extras(call)
         self._replace({i: self._bypass(i, hidden if direct and i == enter - 1 else None) for i in range(enter)})
         if not direct:  # something between the blocks works on the hidden state (DeBERTa's convolution)
             block = self.stack.blocks[enter]

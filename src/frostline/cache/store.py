@@ -43,6 +43,9 @@ class Store(Protocol):
     def put(self, key: bytes, depth: int, value: Tensor) -> bool:
         """Keep a record, over the sample's earlier one; ``False`` where the budget has no room for it."""
 
+    def depths(self) -> set[int]:
+        """At which depths there are records."""
+
     def drop_deeper(self, depth: int) -> int:
         """Forget records deeper than ``depth`` (a thaw), and say how many there were."""
 
@@ -108,6 +111,9 @@ class HostStore:
         self._slots[key] = (depth, slot, kept)
         self._kept += kept.nbytes
         return True
+
+    def depths(self) -> set[int]:
+        return {depth for depth, _, _ in self._slots.values()}
 
     def drop_deeper(self, depth: int) -> int:
         deeper = [key for key, (at, _, _) in self._slots.items() if at > depth]

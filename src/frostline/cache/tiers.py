@@ -71,6 +71,9 @@ class Tiers:
             return True
         return any(tier.put(key, depth, value) for tier in self.tiers if tier is not holder)
 
+    def depths(self) -> set[int]:
+        return set().union(*(tier.depths() for tier in self.tiers))
+
     def drop_deeper(self, depth: int) -> int:
         return sum(tier.drop_deeper(depth) for tier in self.tiers)
 
@@ -100,8 +103,9 @@ class PrefixDigest:
             self._known[depth] = digest.digest()
         return self._known[depth]
 
-    def forget(self) -> None:
-        """The weights are about to change, or have changed."""
+    def forget(self, stack: BlockStack) -> None:
+        """The weights of ``stack`` change, or another prefix of it has become known."""
+        self._stack = stack
         self._known.clear()
 
 
