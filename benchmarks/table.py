@@ -122,10 +122,35 @@ def cache(report: dict[str, Any]) -> Iterable[str]:
     yield _machine(report)
 
 
+def disk(report: dict[str, Any]) -> Iterable[str]:
+    """What ``disk.py`` measured."""
+    yield "Reading batches of 32 records from disk, checksums on, against raw positional reads of as many bytes:\n"
+    yield from _rows(
+        ["record, KB", "cold, MB/s", "raw, MB/s", "ratio", "warm, MB/s", "raw, MB/s", "ratio"],
+        (
+            [
+                f"{size['bytes'] / 1e3:.0f}",
+                *(
+                    cell
+                    for kind in ("cold", "warm")
+                    for cell in (
+                        *(f"{size[kind][f'{side}_bytes_per_second'] / 1e6:.0f}" for side in ("store", "raw")),
+                        f"{size[kind]['ratio']:.2f}",
+                    )
+                ),
+            ]
+            for size in report["sizes"]
+        ),
+    )
+    yield ""
+    yield _machine(report)
+
+
 # By what a file's name begins with.
 TABLES: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "accuracy": accuracy,
     "cache": cache,
+    "disk": disk,
     "step_time": step_time,
 }
 

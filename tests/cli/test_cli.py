@@ -94,7 +94,7 @@ def test_a_run_and_everything_that_reads_it(workbench: Path) -> None:
 def test_ctrl_c_says_how_to_go_on(workbench: Path) -> None:
     content = recipe_content(workbench)
     # Seconds of training after the first checkpoint, so that Ctrl-C comes in time on a busy machine too.
-    content["training"] |= {"num_train_epochs": 24, "save_strategy": "steps", "save_steps": 100, "eval_strategy": "no"}
+    content["training"] |= {"num_train_epochs": 60, "save_strategy": "steps", "save_steps": 100, "eval_strategy": "no"}
     recipe = write_recipe_file(workbench / "tiny.yaml", content)
     with subprocess.Popen(
         [*COMMAND, "run", str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -105,12 +105,12 @@ def test_ctrl_c_says_how_to_go_on(workbench: Path) -> None:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "resume=true continues from the last checkpoint" in err.splitlines()[-1]
     code, out, err = invoke("run", recipe, "resume=true")
     assert code == 0, err
-    assert "288 steps" in out
+    assert "720 steps" in out
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,10 @@ logger = logging.getLogger("frostline")
 
 _MAGIC = b"FROSTREC"
 _FORMAT = 1
-# magic, format, depth, dtype, dimensions, shape, bytes of the record, bytes of the slot, key, prefix; then the checksum
+# magic, format, depth, dtype, dimensions, shape, bytes of the record, bytes of the slot, key, prefix; then two
+# checksums, over header and record, and over the header alone (what a rotten header says is not looked at)
 _HEADER = struct.Struct("<8sHHHH4QQQ16s16s")
-_CHECKSUM = struct.Struct("<I")
+_CHECKSUMS = struct.Struct("<II")
 _HEADER_BYTES = 128
 _PLACE = struct.Struct("<QQI")  # offset, bytes, checksum of the two
 _ALIGN = 64
@@ -231,7 +232,7 @@ class DiskStore:
         if slot is None:
             slot = _Slot(self._end, size)
             place = struct.pack("<QQ", slot.offset, slot.size)
-            _write_all(self._places, place + _CHECKSUM.pack(zlib.crc32(place)), None)
+            _write_all(self._places, _PLACE.pack(slot.offset, slot.size, zlib.crc32(place)), None)
             self._end += size
         shape = (*value.shape, *([0] * (4 - value.dim())))
         header = _HEADER.pack(
@@ -239,8 +240,8 @@ class DiskStore:
             self._prefix(depth),
         )  # fmt: skip
         payload = value.view(torch.uint8).numpy().reshape(-1).data
-        checksum = _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(header)))
-        whole = (header + checksum).ljust(_HEADER_BYTES, b"\0")
+        alone = zlib.crc32(header)
+        whole = (header + _CHECKSUMS.pack(zlib.crc32(payload, alone), alone)).ljust(_HEADER_BYTES, b"\0")
         written = os.pwritev(self._file, [whole, payload], slot.offset)
         if written != len(whole) + value.nbytes:
             _write_all(self._file, (whole + bytes(payload))[written:], slot.offset + written)
@@ -328,12 +329,14 @@ def _slots(places: bytes) -> list[_Slot]:
 
 def _is_whole(part: memoryview) -> bool:
     """Whether a header and the record behind it match their checksum."""
-    (checksum,) = _CHECKSUM.unpack_from(part, _HEADER.size)
-    return bool(checksum == zlib.crc32(part[_HEADER_BYTES:], zlib.crc32(part[: _HEADER.size])))
+    whole, alone = _CHECKSUMS.unpack_from(part, _HEADER.size)
+    return bool(alone == zlib.crc32(part[: _HEADER.size]) and whole == zlib.crc32(part[_HEADER_BYTES:], alone))
 
 
 def _parse(part: memoryview, slot: _Slot) -> tuple[bytes, bytes, _Entry] | None:
     """Key, prefix and entry that the header of ``slot`` speaks of; ``None`` where it is none."""
+    if _CHECKSUMS.unpack_from(part, _HEADER.size)[1] != zlib.crc32(part[: _HEADER.size]):
+        return None
     magic, form, depth, dtype, dims, *rest = _HEADER.unpack_from(part)
     *shape, nbytes, size, key, prefix = rest
     if magic != _MAGIC or form != _FORMAT or dtype >= len(_DTYPES) or dims > 4:
