@@ -32,6 +32,7 @@ class Loop:
         **options: Any,
     ) -> None:
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()  # a Trainer before this may have left its loader there
         self.accelerator = accelerate.Accelerator(
             cpu=True, gradient_accumulation_steps=accumulate, mixed_precision=precision
         )

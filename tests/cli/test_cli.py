@@ -97,8 +97,10 @@ def test_ctrl_c_says_how_to_go_on(workbench: Path) -> None:
     content["training"] |= {"num_train_epochs": 60, "save_strategy": "steps", "save_steps": 100, "eval_strategy": "no"}
     recipe = write_recipe_file(workbench / "tiny.yaml", content)
     with subprocess.Popen(
-        [*COMMAND, "run", str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+        [*COMMAND, "run", str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # Tests that run in the background of a script inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
         state = workbench / "run" / "checkpoints" / "checkpoint-100" / "trainer_state.json"
         deadline = time.monotonic() + 120
         while not state.exists() and time.monotonic() < deadline and process.poll() is None:
