@@ -12,7 +12,7 @@ import torch
 
 from frostline.tasks.assets import resolve
 
-__all__ = ["CLASSES", "Batch", "made_up_batch", "real_batch"]
+__all__ = ["CLASSES", "Batch", "load_model", "made_up_batch", "real_batch"]
 
 CLASSES = 6
 
@@ -30,6 +30,21 @@ class Batch:
     def numbers(self) -> dict[str, Any]:
         """JSON values: everything but the tensors."""
         return {key: value for key, value in asdict(self).items() if key != "inputs"}
+
+
+def load_model(name: str, seed: int, device: str) -> tuple[torch.nn.Module, Any]:
+    """The classifier ``name`` (asset, folder or hub id) in fp32, its head drawn from ``seed``, and its tokenizer."""
+    import transformers
+
+    path = resolve(name)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=CLASSES, dtype=torch.float32
+    )
+    return network.to(device), tokenizer
 
 
 def real_batch(tokenizer: Any, data: str, rows: int, length: int, seed: int, device: str) -> Batch:

@@ -30,8 +30,8 @@ from tqdm import tqdm
 if not __package__:  # run as a script: its siblings are found from the root of the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.batches import CLASSES, Batch, real_batch  # noqa: E402
-from benchmarks.steps import _optimizer, _update  # noqa: E402
+from benchmarks.batches import Batch, load_model, real_batch  # noqa: E402
+from benchmarks.steps import adamw, update  # noqa: E402
 from benchmarks.timing import paired_ratio, seconds_per_call, spread  # noqa: E402
 from benchmarks.truncated import Prefix, Truncated  # noqa: E402
 from frostline import BlockStack, Frostline  # noqa: E402
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="results file (default benchmarks/results/cache-<model>.json)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, tokenizer = _load(options.model, options.seed, options.device)
+    model, tokenizer = load_model(options.model, options.seed, options.device)
     report: dict[str, Any] = {
         "model": Path(options.model).name,
         "command": shlex.join(["python", "benchmarks/cache.py", *sys.argv[1:]]),
@@ -89,8 +89,8 @@ def _measure_depth(
     truncated = Truncated(stack, depth, batches[0].inputs)
     prefix = Prefix(stack, depth)
     hidden = [prefix.run(batch.inputs).clone() for batch in batches]
-    optimizers = {name: _optimizer(p for p in model.parameters()) for name in ("cached", "uncached")}
-    bound_optimizer = _optimizer(truncated.parameters)
+    optimizers = {name: adamw(p for p in model.parameters()) for name in ("cached", "uncached")}
+    bound_optimizer = adamw(truncated.parameters)
 
     def job(name: str) -> Callable[[], Any]:
         turn = itertools.count()
@@ -100,14 +100,14 @@ def _measure_depth(
                 i = next(turn) % len(batches)
                 truncated.feed(hidden[i])
                 truncated.model(**batches[i].inputs).loss.backward()
-                _update(truncated.parameters, bound_optimizer)
+                update(truncated.parameters, bound_optimizer)
         else:
 
             def step() -> None:
                 i = next(turn) % len(batches)
                 model(**batches[i].inputs).loss.backward()
                 frost.before_step()
-                _update(list(model.parameters()), optimizers[name])
+                update(list(model.parameters()), optimizers[name])
                 frost.after_step()
 
         return step
@@ -145,21 +145,6 @@ def _measure_depth(
         "seconds": {name: spread(values) for name, values in samples.items()},
         "samples": samples,
     }
-
-
-def _load(name: str, seed: int, device: str) -> tuple[nn.Module, Any]:
-    import transformers
-
-    from frostline.tasks.assets import resolve
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.manual_seed(seed)
-    path = resolve(name)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=CLASSES, dtype=torch.float32
-    )
-    return model.to(device), transformers.AutoTokenizer.from_pretrained(path)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import argparse
 import json
 import os
 import random
+import shlex
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "disk.json")
     options = parser.parse_args()
     report: dict[str, Any] = {
-        "command": "python benchmarks/disk.py",
+        "command": shlex.join(["python", "benchmarks/disk.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "device": "cpu",
         "environment": environment(),

@@ -34,7 +34,7 @@ import torch
 if not __package__:  # run as a script: its siblings are found from the root of the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.batches import CLASSES, Batch, made_up_batch, real_batch  # noqa: E402
+from benchmarks.batches import CLASSES, Batch, load_model, made_up_batch, real_batch  # noqa: E402
 from benchmarks.steps import measure_depths, measure_none, measure_statistics  # noqa: E402
 from frostline import FrostlineError  # noqa: E402
 from frostline.events import environment  # noqa: E402
@@ -108,19 +108,8 @@ def _measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def _real(model: str, seed: int, device: str) -> tuple[torch.nn.Module, list[Batch]]:
     """The model and the batches."""
-    import transformers
-
-    from frostline.tasks.assets import resolve
-
-    path = resolve(model)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.manual_seed(seed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    network = transformers.AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=CLASSES, dtype=torch.float32
-    )
-    return network.to(device), [real_batch(tokenizer, *wanted, seed, device) for wanted in BATCHES]
+    network, tokenizer = load_model(model, seed, device)
+    return network, [real_batch(tokenizer, *wanted, seed, device) for wanted in BATCHES]
 
 
 def _tiny(seed: int, device: str) -> tuple[torch.nn.Module, list[Batch]]:

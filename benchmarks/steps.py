@@ -21,7 +21,7 @@ from benchmarks.timing import now, paired_ratio, seconds_per_call, spread
 from benchmarks.truncated import Prefix, Truncated
 from frostline import BlockStack, Frostline, ModelError
 
-__all__ = ["measure_depths", "measure_none", "measure_statistics"]
+__all__ = ["adamw", "measure_depths", "measure_none", "measure_statistics", "update"]
 
 TARGET_RATIO = 1.10
 TARGET_SHARE = 0.03
@@ -31,7 +31,7 @@ _SAMPLE_SECONDS, _MOST_STEPS = 0.25, 10
 _TOLERANCE = 1e-5
 
 
-def _optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=_LEARNING_RATE, fused=True)
 
 
@@ -41,7 +41,7 @@ def _backward(model: nn.Module, batch: Batch) -> torch.Tensor:
     return loss.detach()
 
 
-def _update(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def update(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -56,7 +56,7 @@ class _Visit:
     def __init__(self, stack: BlockStack, depth: int, batch: Batch) -> None:
         self.depth, self.batch = depth, batch
         self.truncated = Truncated(stack, depth, batch.inputs)
-        self.bound_optimizer = _optimizer(self.truncated.parameters)
+        self.bound_optimizer = adamw(self.truncated.parameters)
         self.prefix = Prefix(stack, depth) if depth else None
         self.calls: dict[str, int] = {}
         self.samples: dict[str, list[float]] = {}
@@ -70,12 +70,12 @@ class _Visit:
         def frostline() -> None:
             _backward(model, self.batch)
             frost.before_step()
-            _update(parameters, optimizer)
+            update(parameters, optimizer)
             frost.after_step()
 
         def truncated() -> None:
             _backward(self.truncated.model, self.batch)
-            _update(self.truncated.parameters, self.bound_optimizer)
+            update(self.truncated.parameters, self.bound_optimizer)
 
         jobs: dict[str, Callable[[], Any]] = {"frostline": frostline, "truncated": truncated}
         if self.prefix is not None:
@@ -126,11 +126,11 @@ def measure_depths(model: nn.Module, batch: Batch, rounds: int, seed: int, devic
     """
     stack = BlockStack.find(model)
     visits = [_Visit(stack, depth, batch) for depth in range(len(stack))]
-    optimizer = _optimizer(model.parameters())
+    optimizer = adamw(model.parameters())
     model.train()
     torch.manual_seed(seed)
     _backward(model, batch)
-    _update(list(model.parameters()), optimizer)
+    update(list(model.parameters()), optimizer)
     # Freezing drops moments; they are put back at each visit, so that no timed step has to make new ones.
     moments = dict(optimizer.state)
     for visit in visits:
@@ -163,14 +163,14 @@ def measure_none(model: nn.Module, batch: Batch, pairs: int, steps: int, seed: i
 
     ``loop`` is a plain loop with the engine's calls in it, ``trainer`` a whole ``Trainer.train()`` with ``attach``.
     """
-    optimizer = _optimizer(model.parameters())
+    optimizer = adamw(model.parameters())
     parameters = list(model.parameters())
 
     def plain() -> None:
         model.train()
         for _ in range(steps):
             _backward(model, batch)
-            _update(parameters, optimizer)
+            update(parameters, optimizer)
 
     def frostline() -> None:
         frost = Frostline(model, optimizer, policy="none", steps_per_epoch=steps, epochs=1)
@@ -178,7 +178,7 @@ def measure_none(model: nn.Module, batch: Batch, pairs: int, steps: int, seed: i
         for _ in range(steps):
             _backward(model, batch)
             frost.before_step()
-            _update(parameters, optimizer)
+            update(parameters, optimizer)
             frost.after_step()
         frost.finish()
 
@@ -247,7 +247,7 @@ def measure_statistics(model: nn.Module, batch: Batch, steps: int, seed: int, de
 
     ``bytes`` is the memory of the sums, ``evaluation_seconds`` what one decision costs at the end of an interval.
     """
-    optimizer = _optimizer(model.parameters())
+    optimizer = adamw(model.parameters())
     parameters = list(model.parameters())
     model.train()
     torch.manual_seed(seed)
@@ -262,7 +262,7 @@ def measure_statistics(model: nn.Module, batch: Batch, steps: int, seed: int, de
         before = now(device)
         frost.before_step()
         after = now(device)
-        _update(parameters, optimizer)
+        update(parameters, optimizer)
         end = now(device)
         frost.after_step()
         if number >= warm_up:

@@ -109,6 +109,11 @@ class BlockStack:
         """Dotted paths of the outermost modules that hold only stem (or only head) parameters."""
         return tuple(p for p, _ in _outermost(self.model, {n for n, o in self.owners.items() if o == owner}))
 
+    def ancestors(self) -> list[nn.Module]:
+        """Every module around the stack, the model first: a loop may call an inner one only (Lightning)."""
+        parts = self.path.split(".")
+        return [self.model.get_submodule(".".join(parts[:length])) for length in range(len(parts))]
+
     def _below(self, name: str, depth: int) -> bool:
         owner = self.owners[name]
         return depth > 0 and (owner == "stem" or (isinstance(owner, int) and owner < depth))

@@ -16,7 +16,7 @@ from torch import nn
 from frostline.blocks import BlockStack
 from frostline.errors import ConfigError, ModelError, choices_message
 from frostline.policies.base import Decision
-from frostline.trace import first_tensor
+from frostline.trace import first_tensor, replace_tensor
 
 __all__ = ["Freezer", "refuse_wrapper"]
 
@@ -128,10 +128,7 @@ class Freezer:
     def _install_switch(self, boundary: nn.Module) -> None:
         """Run the whole model in eval mode until the boundary: code between the blocks is random too."""
         self._handles.append(boundary.register_forward_pre_hook(self._switch_on, prepend=True))
-        # Every ancestor of the stack: a loop may call an inner network and never the outer module (Lightning).
-        parts = self.stack.path.split(".")
-        for depth in range(len(parts)):
-            ancestor = self.stack.model.get_submodule(".".join(parts[:depth]))
+        for ancestor in self.stack.ancestors():
             self._handles.append(ancestor.register_forward_pre_hook(self._switch_off))
             self._handles.append(ancestor.register_forward_hook(self._switch_on, always_call=True))
 
@@ -213,7 +210,7 @@ def _cut(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     hidden = first_tensor(args, kwargs)
     if hidden is None or not hidden.requires_grad:
         return None
-    return _replace(args, kwargs, hidden, hidden.detach())
+    return replace_tensor(args, kwargs, hidden, hidden.detach())
 
 
 def _mend(
@@ -226,10 +223,4 @@ def _mend(
     hidden = first_tensor(args, kwargs)
     if hidden is None or hidden.requires_grad or not torch.is_grad_enabled() or not _is_reentrant(block):
         return None
-    return _replace(args, kwargs, hidden, hidden.detach().requires_grad_(True))
-
-
-def _replace(
-    args: tuple[Any, ...], kwargs: dict[str, Any], old: torch.Tensor, new: torch.Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return tuple(new if a is old else a for a in args), {k: new if v is old else v for k, v in kwargs.items()}
+    return replace_tensor(args, kwargs, hidden, hidden.detach().requires_grad_(True))

@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Call", "Trace", "first_tensor", "made_up_call", "random_state_kept", "trace_model", "undisturbed", "unwrap"]
+__all__ = [
+    "Call",
+    "Trace",
+    "first_tensor",
+    "made_up_call",
+    "random_state_kept",
+    "replace_tensor",
+    "trace_model",
+    "undisturbed",
+    "unwrap",
+]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -52,6 +62,13 @@ def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tens
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             return value
     return None
+
+
+def replace_tensor(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], old: torch.Tensor, new: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with ``new`` wherever ``old`` itself stands."""
+    return tuple(new if a is old else a for a in args), {k: new if v is old else v for k, v in kwargs.items()}
 
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]

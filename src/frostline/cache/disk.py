@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from frostline.cache.store import Record
+from frostline.cache.store import Record, aligned
 
 __all__ = ["DiskStore", "read_slots"]
 
@@ -43,7 +43,6 @@ _HEADER = struct.Struct("<8sHHHH4QQQ16s16s")
 _CHECKSUMS = struct.Struct("<II")
 _HEADER_BYTES = 128
 _PLACE = struct.Struct("<QQI")  # offset, bytes, checksum of the two
-_ALIGN = 64
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -126,7 +125,7 @@ class DiskStore:
         spans, total = [], 0
         for entry in wanted:
             spans.append(total)
-            total += _HEADER_BYTES + _aligned(entry.nbytes) if entry is not None else 0
+            total += _HEADER_BYTES + aligned(entry.nbytes) if entry is not None else 0
         if not total:
             return [None] * len(keys)
         buffer = torch.empty(total, dtype=torch.uint8)
@@ -218,7 +217,7 @@ class DiskStore:
         self._queue.task_done()
 
     def _write(self, key: bytes, depth: int, value: Tensor) -> None:
-        size = _HEADER_BYTES + _aligned(value.nbytes)
+        size = _HEADER_BYTES + aligned(value.nbytes)
         with self._lock:
             # While it is written over, a slot holds no record.
             old = self._entries.pop(key, None)
@@ -342,17 +341,13 @@ def _parse(part: memoryview, slot: _Slot) -> tuple[bytes, bytes, _Entry] | None:
     if magic != _MAGIC or form != _FORMAT or dtype >= len(_DTYPES) or dims > 4:
         return None
     entry = _Entry(slot, depth, tuple(shape[:dims]), _DTYPES[dtype], nbytes, bytes(part[: _HEADER.size]))
-    if size != slot.size or size != _HEADER_BYTES + _aligned(nbytes) or nbytes != _nbytes(entry):
+    if size != slot.size or size != _HEADER_BYTES + aligned(nbytes) or nbytes != _nbytes(entry):
         return None
     return key, prefix, entry
 
 
 def _nbytes(entry: _Entry) -> int:
     return math.prod(entry.shape) * entry.dtype.itemsize
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN) * _ALIGN
 
 
 def _write_all(file: int, data: bytes, offset: int | None) -> None:

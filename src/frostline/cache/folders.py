@@ -45,10 +45,8 @@ def verify(folder: Path) -> tuple[int, int]:
     """Read every slot: how many records are sound, and how many slots hold none (torn, rotten or given up).
 
     Raises:
-        ConfigError: a folder without records, or one that cannot be read.
+        ConfigError: it cannot be read.
     """
-    if not (folder / "slots.idx").is_file():
-        raise ConfigError(f"{str(folder)!r} holds no boundary activations (`frostline cache ls` lists the folders)")
     try:
         found = list(read_slots(folder))
     except OSError as error:

@@ -44,8 +44,7 @@ def check(passes: Passes, call: Call, named: Rows, depth: int, depths: Iterable[
         depth: the frost line.
         depths: where there are records: passes will enter there.
     """
-    rows = len(named.keys)
-    inputs = passes.look(call, rows, depth)
+    inputs = passes.look(call, depth)
     line = inputs[depth]
     noise = max(_difference(line, seen) for seen in passes.as_trained(call, depth, 2))
     if noise > _tolerance(line):
@@ -132,5 +131,4 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def _tolerance(value: Tensor) -> float:
-    low = torch.finfo(value.dtype).eps
-    return max(_FP32_TOLERANCE, _LOW_PRECISION_STEPS * low) if low > 1e-6 else _FP32_TOLERANCE
+    return max(_FP32_TOLERANCE, _LOW_PRECISION_STEPS * torch.finfo(value.dtype).eps)

@@ -151,11 +151,8 @@ class CacheManager:
     # -- hooks -----------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        # Every module around the stack: a loop may call an inner network and never the outer module (Lightning).
         # First of all hooks: the freezer's put the model in eval mode, and what runs here must find it in train mode.
-        parts = self.stack.path.split(".")
-        for length in range(len(parts)):
-            ancestor = self.stack.model.get_submodule(".".join(parts[:length]))
+        for ancestor in self.stack.ancestors():
             self._handles.append(ancestor.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
             self._handles.append(ancestor.register_forward_hook(self._leave, always_call=True))
 
@@ -202,8 +199,12 @@ class CacheManager:
     def _serve(self, module: nn.Module, call: Call) -> Tensor | None:
         """The boundary activation ``[rows, ...]`` of a batch, or ``None`` where it has to run as it is."""
         rows = rows_of(call, getattr(module, "main_input_name", None))
-        if not rows or gates.wants_inner_states(module, call):
-            self.counts["bypassed"] += rows
+        if gates.wants_inner_states(module, call):
+            self._limit(
+                "cache-inner-states", "hidden states or attentions of every block are asked for: no block is skipped"
+            )
+            return None
+        if not rows:
             return None
         if self._passes is None or self._passes.module is not module:
             self._passes, self._checked = Passes(self.stack, module), False

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from frostline.blocks import BlockStack
 from frostline.errors import ModelError
-from frostline.trace import Call, first_tensor, random_state_kept
+from frostline.trace import Call, first_tensor, random_state_kept, replace_tensor
 
 __all__ = ["Passes", "rows_of", "slice_rows", "tensors_in"]
 
@@ -153,7 +153,7 @@ class Passes:
 
     # -- learning how the blocks hang together ---------------------------------------------------------------
 
-    def look(self, call: Call, rows: int, depth: int) -> list[Tensor]:
+    def look(self, call: Call, depth: int) -> list[Tensor]:
         """Run the prefix of ``depth`` blocks once and learn its links.
 
         Returns:
@@ -165,7 +165,7 @@ class Passes:
         """
         with _aside(self.stack.model):
             ran = self._watch(call, depth)
-        self.links = [self._link(i, ran, rows) for i in range(depth)]
+        self.links = [self._link(i, ran) for i in range(depth)]
         self._made.clear()
         self._remember(call, ran)
         return [r.hidden for r in ran]
@@ -195,7 +195,7 @@ class Passes:
         self._run(call)
         return ran
 
-    def _link(self, index: int, ran: list[_Ran], rows: int) -> _Link:
+    def _link(self, index: int, ran: list[_Ran]) -> _Link:
         output, following = ran[index].output, ran[index + 1].hidden
         if isinstance(output, Tensor):
             return _Link(None, direct=_is(output, following))
@@ -356,7 +356,8 @@ def _stop(*args: Any, **kwargs: Any) -> Any:
 def _give(hidden: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         old = first_tensor(args, kwargs)
-        return tuple(hidden if a is old else a for a in args), {k: hidden if v is old else v for k, v in kwargs.items()}
+        assert old is not None
+        return replace_tensor(args, kwargs, old, hidden)
 
     return hook
 

@@ -9,10 +9,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["HostStore", "Record", "Store"]
+__all__ = ["HostStore", "Record", "Store", "aligned"]
 
 _CHUNK = 16 << 20
 _ALIGN = 64
+
+
+def aligned(nbytes: int) -> int:
+    """The bytes that a record takes in any tier: a multiple of 64."""
+    return -(-nbytes // _ALIGN) * _ALIGN
 
 
 class Record(NamedTuple):
@@ -97,7 +102,7 @@ class HostStore:
         return key in self._slots
 
     def put(self, key: bytes, depth: int, value: Tensor) -> bool:
-        size = -(-value.nbytes // _ALIGN) * _ALIGN
+        size = aligned(value.nbytes)
         old = self._slots.pop(key, None)
         self._kept -= old[2].nbytes if old is not None else 0
         if old is not None and old[1].nbytes != size:
