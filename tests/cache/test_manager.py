@@ -190,8 +190,8 @@ def test_inner_states_are_not_skipped() -> None:
         output = cached.model(**batch_of(BERT, EPOCH[0]), output_hidden_states=True)
     assert set(ran) == {0, 1, 2, 3}
     assert len(output.hidden_states) == 5
-    (limit,) = cached.limits
-    assert "no block is skipped" in limit
+    assert cached.limits  # from each module around the stack; the engine says it once
+    assert all("no block is skipped" in limit for limit in cached.limits)
     assert cached.counts()["hits"] == 0
 
 
