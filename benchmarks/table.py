@@ -105,7 +105,8 @@ def cache(report: dict[str, Any]) -> Iterable[str]:
     """What ``cache.py`` measured."""
     for shape in report["shapes"]:
         batch, rounds = _batch(shape["batch"]), shape["rounds"]
-        yield f"A fully cached step of {report['model']} by depth, {batch}, median of {rounds} rounds:\n"
+        tier = {"memory": "from host memory", "disk": "from a cold disk"}[report["tier"]]
+        yield f"A fully cached step of {report['model']} {tier}, by depth, {batch}, median of {rounds} rounds:\n"
         yield from _rows(
             ["depth", "cached, ms", "truncated model, ms", "ratio", "95 % interval", "faster than uncached"],
             (
@@ -146,12 +147,36 @@ def disk(report: dict[str, Any]) -> Iterable[str]:
     yield _machine(report)
 
 
+def ways(report: dict[str, Any]) -> Iterable[str]:
+    """What ``ways.py`` measured."""
+    yield f"With a cache against without, same seed and trajectory (`{report['command']}`):\n"
+    yield from _rows(
+        ["way", "training faster", "computed", "upgraded", "read", "validation items apart, each epoch", "of test"],
+        (
+            [
+                {"ours": "ours", "latching": "depth taken at epoch start", "anew": "no upgrades"}[way],
+                f"{found['speedup_over_uncached']['median']:.2f}x",
+                *(
+                    f"{sum(found['samples'][name]) / len(found['samples'][name]):,.0f}"
+                    for name in ("misses", "upgrades", "hits")
+                ),
+                "; ".join(", ".join(str(items) for items in run) for run in found["items_apart_per_epoch"]),
+                ", ".join(str(items) for items in found["test_items_apart"]),
+            ]
+            for way, found in report["comparison"].items()
+        ),
+    )
+    yield ""
+    yield _machine({"device": "cpu", **report})
+
+
 # By what a file's name begins with.
 TABLES: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "accuracy": accuracy,
     "cache": cache,
     "disk": disk,
     "step_time": step_time,
+    "ways": ways,
 }
 
 

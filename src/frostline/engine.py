@@ -7,6 +7,7 @@ accumulated gradient is there and not yet clipped, and :meth:`Frostline.after_st
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from frostline.blocks import BlockStack
-from frostline.cache import CacheManager, CacheOptions, CacheSetting, cache_options
+from frostline.cache import CacheManager, CacheOptions, CacheSetting, cache_options, watched
 from frostline.errors import ConfigError, ResumeError
 from frostline.events import EventLog, environment
 from frostline.freezer import Freezer, refuse_wrapper
@@ -33,7 +34,10 @@ logger = logging.getLogger("frostline")
 # torch.compile falls back to eager after 8 recompiles of one function (torch._dynamo.config.recompile_limit);
 # shapes that turn dynamic take some of them.
 COMPILED_DEPTH_CHANGES = 6
-NOT_CACHED_COMPILED = "compiled model: boundary activations are not cached in this version"
+NOT_CACHED_COMPILED = (
+    "compiled in place, or around DistributedDataParallel: boundary activations are not cached; "
+    "use model = torch.compile(model)"
+)
 
 
 def plan_for(stack: BlockStack, samples_per_step: int, samples_per_epoch: int, epochs: float) -> Plan:
@@ -49,8 +53,8 @@ class Frostline:
         model: any module; wrappers (DDP, ``torch.compile``) are looked through.
         optimizer: built with all parameters; frozen ones stay in their groups.
         policy: name of a policy (``frostline.policies.available()``).
-        cache: ``memory`` or ``disk`` keeps boundary activations and skips the frozen prefix; ``off``. A mapping sets
-            budgets too (:class:`~frostline.cache.CacheOptions`).
+        cache: ``auto`` (where it pays), ``memory`` or ``disk`` keeps boundary activations and skips the frozen prefix;
+            ``off``. A mapping sets budgets and more (:class:`~frostline.cache.CacheOptions`).
         steps_per_epoch: optimizer steps in an epoch.
         epochs: epochs in the run (may be fractional).
         batch_size: samples per optimizer step over all ranks and micro-batches. With the default of 1, "samples"
@@ -126,7 +130,7 @@ class Frostline:
         for message in self.stack.limits:
             self.limit("model", message)
         self._measure()
-        self.cache = self._make_cache(caching, compiled)
+        self.cache = self._make_cache(caching, model if compiled else None)
         self._first_forward: torch.utils.hooks.RemovableHandle | None = None
         if not self.stack.traced and compiled and not hasattr(model, "_orig_mod"):
             self.limit("order", "compiled in place, a model hides its inputs: registration order tells its stem")
@@ -158,6 +162,8 @@ class Frostline:
     def after_step(self) -> None:
         """Count the step and, where an interval ends, decide: call after ``optimizer.step()``."""
         self._count()
+        if self.cache is not None:
+            self.cache.agree()
         if not self._active or self._cadence is None:
             return
         position = self.samples if self._cadence.unit == "samples" else self.step
@@ -165,6 +171,14 @@ class Frostline:
             start = time.perf_counter()
             self._decide()
             self.seconds["decide"] += time.perf_counter() - start
+
+    def loader(self, loader: Any) -> Any:
+        """Go through ``loader`` one batch ahead of the loop, so that the cache reads from disk before it has to.
+
+        Batches are fetched in the same order and handed out unchanged. They must be mappings of the model's inputs
+        (``model(**batch)``). Accelerate's loaders are given back themselves, since they look ahead already.
+        """
+        return watched(loader, self._expect)
 
     def limit(self, code: str, message: str) -> None:
         """Log what cannot be done for this model, once (law 8)."""
@@ -280,6 +294,15 @@ class Frostline:
 
     # -- inside -------------------------------------------------------------------------------------
 
+    def _expect(self, batch: Any) -> None:
+        if self.cache is not None:
+            self.cache.expect(batch)
+
+    def _visits(self) -> float:
+        """How many more epochs bring back a sample that comes by now."""
+        epoch = self.samples // self.plan.samples_per_epoch
+        return max(0, math.ceil(self.plan.epochs - 1e-6) - 1 - epoch)
+
     def _count(self) -> None:
         last = (self.step + 1) % self._steps_per_epoch == 0
         whole = (self._steps_per_epoch - 1) * self._batch_size
@@ -338,15 +361,16 @@ class Frostline:
         if self.cache is not None:
             self.cache.moved(self.stack, decision.depth)
 
-    def _make_cache(self, options: CacheOptions, compiled: bool) -> CacheManager | None:
+    def _make_cache(self, options: CacheOptions, compiled: nn.Module | None) -> CacheManager | None:
         if options.mode == "off":
             return None
-        if compiled:
+        if compiled is not None and getattr(compiled, "_orig_mod", None) is not self.stack.model:
             self.limit("cache-compiled", NOT_CACHED_COMPILED)
             return None
         return CacheManager(
-            self.stack, options, samples_per_epoch=self._samples_per_epoch, report=self._log_cache, limit=self.limit
-        )
+            self.stack, options, samples_per_epoch=self._samples_per_epoch, report=self._log_cache, limit=self.limit,
+            visits=self._visits, compiled=compiled,
+        )  # fmt: skip
 
     def _log_cache(self, action: str, **numbers: Any) -> None:
         self.log.append("cache", step=self.step, samples=self.samples, action=action, **numbers)
@@ -366,8 +390,6 @@ class Frostline:
             return
         self._first_forward.remove()
         decision, optimizer = self.freezer.decision, self.freezer.optimizer
-        if self.cache is not None:
-            self.cache.moved(self.stack, 0)  # this pass may have begun to skip blocks
         self.freezer.release()
         self.stack = BlockStack.find(model, self._blocks_path, (args, kwargs))
         self.freezer = Freezer(self.stack, optimizer)

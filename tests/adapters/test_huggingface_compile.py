@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from torch._dynamo.utils import counters
 
+import frostline
 from tests.adapters.hosts import LABELS, RAMP, VOCABULARY, bert, run, trainer_for
 
 
@@ -109,3 +110,26 @@ def test_bound_on_moves_can_be_set(tmp_path: Path) -> None:
     outcome = run(trainer_for(tmp_path), **RAMP, max_depth_changes=1)
     assert outcome.moves == [(6, 1)]
     assert outcome.limits() == {"depth-changes"}
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_compiled_model_reads_from_the_cache(tmp_path: Path) -> None:
+    found = []
+    for cache in ("off", "memory"):
+        torch._dynamo.reset()
+        counters.clear()
+        transformers.set_seed(0)
+        trainer = trainer_for(
+            tmp_path, bert(dropout=0.1, num_hidden_layers=2), torch_compile=True, torch_compile_backend="aot_eager",
+            num_train_epochs=3, logging_steps=1,
+        )  # fmt: skip
+        graphs = _graphs(trainer)
+        frost = frostline.attach(trainer, "static", cache, depth=1)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        found.append((losses, frost.summary(), graphs[-1]))
+    (expected, _, plain), (losses, summary, ours) = found
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert not summary["limits"]
+    assert summary["cache"]["hits"] == 2 * summary["cache"]["misses"] > 0
+    assert ours <= plain + 1, "skipping compiles once, not at every step"

@@ -188,7 +188,7 @@ def test_detach_leaves_other_peoples_wrappers(tmp_path: Path) -> None:
         ({"policy": "static", "depth": 1, "fraction": 0.5}, ["not both"]),
         ({"policy": "static", "depth": -1}, ["depth=-1"]),
         ({"policy": "none", "depth": 1}, ["'depth'"]),
-        ({"cache": "auto"}, ["unknown cache mode 'auto'", "disk, memory, off"]),
+        ({"cache": "gpu"}, ["unknown cache mode 'gpu'", "auto, disk, memory, off"]),
     ],
 )
 def test_bad_options(options: dict[str, Any], words: list[str], tmp_path: Path) -> None:

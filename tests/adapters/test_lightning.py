@@ -251,7 +251,7 @@ def test_policy_none_is_bit_identical(tmp_path: Path) -> None:
         ({"policy": "gradnorm"}, "did you mean 'gradient-norm'"),
         ({"percentile": 101}, "percentile=101"),
         ({"percentil": 50}, "did you mean 'percentile'"),
-        ({"cache": "auto"}, "unknown cache mode 'auto'"),
+        ({"cache": "gpu"}, "unknown cache mode 'gpu'"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

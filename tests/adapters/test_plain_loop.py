@@ -147,7 +147,7 @@ def test_decisions_fall_on_equal_numbers_of_samples(policy: str) -> None:
     [
         ({"policy": "gradnorm"}, "did you mean 'gradient-norm'"),
         ({"percentile": 101}, "percentile=101"),
-        ({"cache": "auto"}, "unknown cache mode 'auto'"),
+        ({"cache": "gpu"}, "unknown cache mode 'gpu'"),
         ({"steps_per_epoch": 0}, "steps_per_epoch=0: must be greater than 0"),
         ({"epochs": 0}, "epochs=0"),
         ({"policy": "static", "depth": 4}, "at least one must stay active"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
+import pytest
 import torch
 from benchmarks.batches import made_up_batch
 from benchmarks.cache import measure
@@ -9,7 +12,8 @@ from benchmarks.table import cache
 from transformers import BertConfig, BertForSequenceClassification
 
 
-def test_every_timed_step_is_read_from_the_cache() -> None:
+@pytest.mark.parametrize("tier", ["memory", "disk"])
+def test_every_timed_step_is_read_from_the_cache(tier: str) -> None:
     torch.manual_seed(0)
     model = BertForSequenceClassification(
         BertConfig(
@@ -17,12 +21,20 @@ def test_every_timed_step_is_read_from_the_cache() -> None:
             max_position_embeddings=32, num_labels=6,
         )
     )  # fmt: skip
-    found = measure(model, [made_up_batch(64, 4, 8, seed, "cpu") for seed in range(2)], rounds=2, seed=0, device="cpu")
+    options = Namespace(rounds=2, seed=0, device="cpu", tier=tier)
+    found = measure(model, [made_up_batch(64, 4, 8, seed, "cpu") for seed in range(2)], options)
     assert [row["depth"] for row in found["depths"]] == [1, 2]
     for row in found["depths"]:
         assert row["cache"]["hits"] == row["cache"]["misses"] == row["cache"]["written"] == 8
         assert row["ratio"]["pairs"] == 2
         assert min(min(values) for values in row["samples"].values()) > 0
     machine = {"processor": "a processor", "threads": 1, "packages": {"torch": "1"}}
-    report = {"model": "tiny", "device": "cpu", "date": "today", "command": "make", "environment": machine}
+    report = {
+        "tier": tier,
+        "model": "tiny",
+        "device": "cpu",
+        "date": "today",
+        "command": "make",
+        "environment": machine,
+    }
     assert "| 2 |" in "\n".join(cache({**report, "shapes": [found]}))

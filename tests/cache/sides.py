@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +33,7 @@ class Side:
         cached: bool,
         store: Store | None = None,
         options: CacheOptions | None = None,
+        visits: Callable[[], float] = lambda: math.inf,
     ) -> None:
         self.architecture = architecture
         self.model = architecture.build()
@@ -49,6 +51,7 @@ class Side:
                 report=lambda action, **numbers: self.events.append({"action": action, **numbers}),
                 limit=lambda code, message: self.limits.append(f"{code}: {message}"),
                 store=store,
+                visits=visits,
             )
 
     def freeze(self, depth: int) -> None:

@@ -12,6 +12,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import frostline
 from frostline.events import EventLog
@@ -130,12 +131,37 @@ def test_lightning() -> None:
     assert found["memory"][1]["hits"] == 2 * SAMPLES
 
 
-def test_a_compiled_model_says_that_it_is_not_cached() -> None:
-    model = torch.compile(BY_NAME["bert"].build(), backend="eager")
+@pytest.mark.parametrize("name", ["bert", "gpt2", "resnet"])
+def test_a_compiled_model(name: str) -> None:
+    """The skip is part of the graph, which is compiled once for it and not at each step."""
+    architecture = BY_NAME[name]
+    torch._dynamo.reset()
+    plain, ours = CompileCounterWithBackend("aot_eager"), CompileCounterWithBackend("aot_eager")
+    expected, *_ = loop(architecture, "off", lambda m: torch.compile(m, backend=plain))
+    torch._dynamo.reset()
+    losses, summary, model, _ = loop(architecture, "memory", lambda m: torch.compile(m, backend=ours))
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert summary["cache"]["stopped"] is None
+    assert summary["cache"]["hits"] == (EPOCHS - 1) * SAMPLES
+    assert 1 <= ours.frame_count <= plain.frame_count + 1
+    assert not any("forward" in vars(m) for m in model._orig_mod.modules())
+
+
+def test_a_compiled_model_that_stays_random_is_not_cached() -> None:
+    """Compiled, the dropout that T5's stack has outside of its blocks is not switched off below the frost line."""
+    torch._dynamo.reset()
+    _, summary, *_ = loop(BY_NAME["t5"], "memory", lambda m: torch.compile(m, backend="eager"))
+    assert summary["cache"]["hits"] == 0
+    assert "the model draws random numbers" in summary["cache"]["stopped"]
+
+
+def test_a_model_compiled_in_place_says_that_it_is_not_cached() -> None:
+    model = BY_NAME["bert"].build()
+    model.compile(backend="eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     frost = frostline.Frostline(model, optimizer, policy="static", depth=2, cache="memory", **PLAN)
     assert frost.cache is None
-    assert "compiled model: boundary activations are not cached in this version" in frost.summary()["limits"]
+    assert any("compiled in place" in limit for limit in frost.summary()["limits"])
     frost.finish()
 
 

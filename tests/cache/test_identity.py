@@ -16,7 +16,7 @@ MASK = (IDS > 0).long()
 
 def names(safe: bool = True, **inputs: Any) -> list[bytes]:
     return identify(
-        ((), inputs), len(next(v for v in inputs.values() if isinstance(v, Tensor))), padding_safe=safe
+        ((), inputs), len(next(v for v in inputs.values() if isinstance(v, Tensor))), padding_safe=safe, precision=None
     ).keys
 
 

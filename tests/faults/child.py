@@ -65,6 +65,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "load_best_model_at_end": True,
     },
 }
+# The same run with its boundary activations on disk, where a later run may find them.
+CACHED = {"cached": "length-grouped"}
 
 
 def rows(count: int, seed: int) -> list[dict[str, Any]]:
@@ -113,7 +115,7 @@ def build_trainer(folder: Path, variant: str, **changes: Any) -> Trainer:
         "disable_tqdm": True,
         "use_cpu": True,
         "seed": 3,
-        **VARIANTS[variant],
+        **VARIANTS[CACHED.get(variant, variant)],
         **changes,
     }
     return Trainer(
@@ -133,7 +135,9 @@ def run(folder: Path, variant: str, point: str | None = None, sabotage: str | No
     events = folder / "events.jsonl"
     if point is not None:
         aim(trainer, point)
-    frost = huggingface.attach(trainer, "gradient-norm", percentile=75, events=events)
+    disk = {"mode": "disk", "memory": 0, "folder": folder / "cache", "keep": True}
+    cache = disk if variant in CACHED else "off"
+    frost = huggingface.attach(trainer, "gradient-norm", cache, percentile=75, events=events)
     try:
         trainer.train(resume_from_checkpoint=True)
     except ResumeError:

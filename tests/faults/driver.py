@@ -7,8 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,6 +86,18 @@ class Runs:
         if not wrong:
             self.forget(name)
         return wrong
+
+    def apart(self, name: str, variant: str) -> tuple[list[Any], float, float]:
+        """How far the run ``name`` is from the uninterrupted one: moves that differ; relative, losses and weights."""
+        expected, found = self.reference(variant)[0], self.folder / name / "result"
+        a, b = _record(expected), _record(found)
+        moves = [pair for pair in zip_longest(*(r["summary"]["trajectory"] for r in (a, b))) if pair[0] != pair[1]]
+        losses = [[e[k] for e in r["log"] for k in ("loss", "eval_loss") if k in e] for r in (a, b)]
+        loss = max(abs(y - x) / x for x, y in zip(*losses, strict=True))
+        weights = [load_file(result / "weights.safetensors") for result in (expected, found)]
+        largest = max(float(w.abs().max()) for w in weights[0].values())
+        weight = max(float((weights[1][n] - w).abs().max()) for n, w in weights[0].items()) / largest
+        return moves, loss, weight
 
     def forget(self, name: str) -> None:
         """Remove the folder of the run ``name``."""

@@ -10,10 +10,11 @@ import os
 import random
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from tests.faults.child import SABOTAGES, STEPS_PER_EPOCH, VARIANTS
+from tests.faults.child import CACHED, ROWS, SABOTAGES, STEPS_PER_EPOCH, VARIANTS
 from tests.faults.driver import Runs
 
 SEED = int(os.environ.get("FROSTLINE_FAULTS_SEED", time.time_ns() % 1_000_000))
@@ -100,6 +101,44 @@ def test_a_run_killed_inside_saving_or_freezing(runs: Runs, variant: str, point:
     assert killed
     runs.start(name, variant)
     assert runs.differences(name, variant) == []
+
+
+def check_cached(runs: Runs, name: str, starts: list[dict[str, Any]]) -> dict[str, int]:
+    """A run with records on disk, killed and resumed, against one that was left alone and had no cache (law 3)."""
+    for how in starts:
+        killed, _ = runs.start(name, "cached", **how)
+        assert killed or "seconds" in how
+    runs.start(name, "cached")
+    moves, loss, weight = runs.apart(name, CACHED["cached"])
+    assert moves == []
+    assert loss < 1e-3
+    assert weight < 1e-3
+    record = json.loads((runs.folder / name / "result" / "record.json").read_text(encoding="utf-8"))
+    assert not record["summary"]["limits"]
+    cache: dict[str, int] = record["summary"]["cache"]
+    runs.forget(name)
+    return cache
+
+
+@pytest.mark.parametrize(
+    "points",
+    [["frozen:2"], ["step_end:24"], ["step_end:24", "step_end:33"], ["inside-our-state:30"], ["epoch_end:30"]],
+    ids="-".join,
+)
+def test_a_killed_run_with_records_on_disk_uses_no_wrong_one(runs: Runs, points: list[str]) -> None:
+    cache = check_cached(runs, "-".join(["cached", *points]), [{"point": point} for point in points])
+    assert cache["hits"] + cache["upgrades"] > ROWS // 2
+    if points == ["epoch_end:30"]:  # the line had moved before: what the killed process has written is read by this one
+        assert cache["hits"] > 0.9 * ROWS
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", range(45))
+def test_a_run_with_records_on_disk_killed_at_any_time(runs: Runs, number: int) -> None:
+    draw = random.Random(f"{SEED}:cached:{number}")
+    whole = runs.reference(CACHED["cached"])[1]
+    starts = [{"seconds": draw.uniform(0.2 * whole, whole)} for _ in range(draw.randint(1, 2))]
+    check_cached(runs, f"cached-at-any-time-{number}", starts)
 
 
 @pytest.mark.faults

@@ -28,7 +28,7 @@ def test_trec_has_the_published_rule_and_schedule() -> None:
     recipe = load_recipe("trec")
     assert recipe.model == "minilm"
     assert recipe.data.source == "trec"
-    own = {"initial_depth": 2, "start": 0.5}
+    own = {"initial_depth": 2, "start": 0.65}
     assert recipe.freeze.options == {"percentile": 75, "evaluations_per_epoch": 10, **own}
     assert recipe.schedule == Schedule(at=[0.3, 0.6], factor=[0.7, 0.4])
     given = {"num_train_epochs": 4, "per_device_train_batch_size": 16, "learning_rate": 5e-5, "report_to": "none"}
@@ -68,7 +68,7 @@ def test_every_fault_is_named_at_once() -> None:
                 "frese.percentile=1",
                 "freeze.percentile=101",
                 "freeze.speed=2",
-                "cache.mode=auto",
+                "cache.mode=gpu",
                 "data.text_colum=words",
                 "schedule.at=[0.6]",
                 "max_length=long",
@@ -85,7 +85,7 @@ def test_every_fault_is_named_at_once() -> None:
         "unknown key 'frese': did you mean",
         "percentile=101: Input should be less than or equal to 100",
         "unknown option of policy 'gradient-norm' 'speed'",
-        "cache.mode: unknown cache mode 'auto': Valid choices: disk, memory, off",
+        "cache.mode: unknown cache mode 'gpu': Valid choices: auto, disk, memory, off",
         "unknown key in data 'text_colum': did you mean 'text_column'",
         "schedule: at has 1 values and factor 2",
         "max_length='long': Input should be a valid integer",

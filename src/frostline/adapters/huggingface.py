@@ -62,8 +62,8 @@ def attach(
     Args:
         trainer: any ``transformers.Trainer`` or subclass, before ``train()``.
         policy: name of a policy (``frostline.policies.available()``); ``none`` installs nothing.
-        cache: ``memory`` or ``disk`` keeps boundary activations and skips the frozen prefix; ``off``. A mapping sets
-            budgets too (:class:`~frostline.cache.CacheOptions`).
+        cache: ``auto`` (where it pays), ``memory`` or ``disk`` keeps boundary activations and skips the frozen prefix;
+            ``off``. A mapping sets budgets and more (:class:`~frostline.cache.CacheOptions`).
         blocks: dotted path of the list of blocks, where the model has several or none is found.
         events: an :class:`EventLog` or the path of ``events.jsonl``; kept in memory if not given.
         max_depth_changes: bound on moves of the frost line (default: 6 under ``torch_compile``, else none).
@@ -284,6 +284,7 @@ class Frost:
             **self._settings,
         )
         self._wrap(trainer.accelerator, "clip_grad_norm_", self._clip)
+        self.engine.loader(loader)
         self._steps_per_epoch = per_epoch
         self._saved_epoch_start = None
         self._read_this_step = self._at_boundary = self._save_due = False

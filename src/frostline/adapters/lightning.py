@@ -29,8 +29,8 @@ class FrostlineCallback(pl.Callback):
 
     Args:
         policy: name of a policy (``frostline.policies.available()``); ``none`` does nothing.
-        cache: ``memory`` or ``disk`` keeps boundary activations and skips the frozen prefix; ``off``. A mapping sets
-            budgets too (:class:`~frostline.cache.CacheOptions`).
+        cache: ``auto`` (where it pays), ``memory`` or ``disk`` keeps boundary activations and skips the frozen prefix;
+            ``off``. A mapping sets budgets and more (:class:`~frostline.cache.CacheOptions`).
         blocks: dotted path of the list of blocks inside the LightningModule, where it is not found by itself.
         events: an :class:`EventLog` or the path of ``events.jsonl``.
         max_depth_changes: bound on moves of the frost line (default: 6 for a compiled module, else none).

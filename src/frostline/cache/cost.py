@@ -1,18 +1,36 @@
-"""Does reading a record pay? Measured on the running job, not assumed."""
+"""Does keeping and reading a record pay? Measured on the running job, not assumed."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Cost"]
+__all__ = ["Cost", "Price", "seconds_of"]
 
 # Whole batches that are timed for each side; on a GPU each of them waits for the device.
 _BATCHES = 8
+_TRIALS = 3
+
+
+class Price(NamedTuple):
+    """What one sample costs at the frost line, in seconds and bytes, before anything has been kept.
+
+    ``computing``: from the model's input; ``writing`` and ``reading``: of a tier; ``nbytes``: of its record.
+    """
+
+    computing: float
+    writing: float
+    reading: float
+    nbytes: float
+
+    def pays(self, visits: float) -> bool:
+        """Whether a record that will be read ``visits`` times is worth making."""
+        return visits * (self.computing - self.reading) > self.writing
 
 
 class Cost:
@@ -53,6 +71,20 @@ class Cost:
             return None
         self._told = True
         return {"reading": statistics.median(self._reading), "computing": statistics.median(self._computing)}
+
+
+def seconds_of(job: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
+    """Seconds of the fastest of three calls (whatever else the machine does makes a call slower, never faster).
+
+    ``before`` each of them something may be put back in order; that is not timed.
+    """
+    found = []
+    for _ in range(_TRIALS):
+        before()
+        started = _now()
+        job()
+        found.append(_now() - started)
+    return min(found)
 
 
 def _now() -> float:

@@ -1,65 +1,35 @@
 """Records on disk: slots in one file, read by positional reads from several threads, written by one in the background.
 
-    FOLDER/slots.bin   slots one after the other: a header of 128 bytes, the record, padding to 64 bytes
-    FOLDER/slots.idx   where each slot begins and how large it is; appended before the slot is first written
-
-A slot is written over in place when its record is upgraded. Its header carries whose record it holds, at which depth
-and under which weights, and a checksum over all of that and the record: a slot that was torn by a kill, that rotted
-or that belongs to something else is a miss. Eleven libraries were measured to be 1.1 to 25 times slower at cold random
-reads than positional reads from a flat file, so this is our own.
+A slot is written over in place when its record is upgraded; ``frostline.cache.slots`` has the format. Eleven libraries
+were measured to be 1.1 to 25 times slower at cold random reads than positional reads from a flat file, so this is our
+own.
 """
 
 from __future__ import annotations
 
 import fcntl
 import logging
-import math
 import os
 import queue
-import struct
 import threading
-import zlib
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from frostline.cache.slots import DTYPES, HEADER_BYTES, PLACE_BYTES, Entry, Slot, pack, pack_place, parse, places
 from frostline.cache.store import Record, aligned
 
-__all__ = ["DiskStore", "read_slots"]
+__all__ = ["DiskStore"]
 
 logger = logging.getLogger("frostline")
 
-_MAGIC = b"FROSTREC"
-_FORMAT = 1
-# magic, format, depth, dtype, dimensions, shape, bytes of the record, bytes of the slot, key, prefix; then two
-# checksums, over header and record, and over the header alone (what a rotten header says is not looked at)
-_HEADER = struct.Struct("<8sHHHH4QQQ16s16s")
-_CHECKSUMS = struct.Struct("<II")
-_HEADER_BYTES = 128
-_PLACE = struct.Struct("<QQI")  # offset, bytes, checksum of the two
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-@dataclass(frozen=True)
-class _Slot:
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True)
-class _Entry:
-    slot: _Slot
-    depth: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    nbytes: int
-    header: bytes
+# Batches that may be on their way at a time; where more are announced, the oldest is given up.
+_BATCHES_AHEAD = 4
 
 
 class DiskStore:
@@ -93,14 +63,17 @@ class DiskStore:
             os.close(self._file)
             os.close(self._places)
             raise
-        self._entries: dict[bytes, _Entry] = {}
-        self._free: defaultdict[int, list[_Slot]] = defaultdict(list)
+        self._entries: dict[bytes, Entry] = {}
+        self._free: defaultdict[int, list[Slot]] = defaultdict(list)
         self._end = 0
         self._kept = 0
         self._waiting = 0
         self._lock = threading.Lock()
         self._threads = threads
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="frostline-read")
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="frostline-ahead")
+        self._coming: dict[bytes, tuple[Entry, Future[dict[bytes, Record]]]] = {}
+        self._announced: deque[Future[dict[bytes, Record]]] = deque()
         self._queue: queue.Queue[tuple[bytes, int, Tensor] | None] = queue.Queue()
         self._full = False
         self.torn = self.lost = 0
@@ -110,6 +83,8 @@ class DiskStore:
 
     # -- Store -----------------------------------------------------------------------------------------------
 
+    reads_ahead = True
+
     @property
     def records(self) -> int:
         return len(self._entries)
@@ -118,41 +93,44 @@ class DiskStore:
     def nbytes(self) -> int:
         return self._kept
 
-    def get_many(self, keys: Sequence[bytes]) -> list[Record | None]:
-        """Read records side by side into one buffer. One that does not match its checksum is forgotten."""
+    def expect(self, keys: Sequence[bytes]) -> None:
+        """Records that will be asked for soon: they are read meanwhile, off this thread."""
         with self._lock:
-            wanted = [self._entries.get(key) for key in keys]
-        spans, total = [], 0
-        for entry in wanted:
-            spans.append(total)
-            total += _HEADER_BYTES + aligned(entry.nbytes) if entry is not None else 0
-        if not total:
-            return [None] * len(keys)
-        buffer = torch.empty(total, dtype=torch.uint8)
-        view = buffer.numpy().data
+            wanted = {k: e for k in keys if k not in self._coming and (e := self._entries.get(k)) is not None}
+            if not wanted:
+                return
+            while len(self._announced) >= _BATCHES_AHEAD:
+                given_up = self._announced.popleft()
+                self._coming = {k: (e, found) for k, (e, found) in self._coming.items() if found is not given_up}
+            found = self._ahead.submit(self._fetch, wanted)
+            self._announced.append(found)
+            self._coming.update((key, (entry, found)) for key, entry in wanted.items())
 
-        records: list[Record | None] = [None] * len(keys)
-
-        def read(places: Sequence[int]) -> None:
-            for place in places:
-                entry, start = wanted[place], spans[place]
-                assert entry is not None
-                part = view[start : start + _HEADER_BYTES + entry.nbytes]
-                if self._read(part, keys[place], entry):
-                    value = buffer[start + _HEADER_BYTES : start + len(part)].view(entry.dtype).view(entry.shape)
-                    records[place] = Record(entry.depth, value)
-
-        # In the order of the file, dealt out to the readers.
-        found = sorted((p for p, e in enumerate(wanted) if e is not None), key=lambda p: wanted[p].slot.offset)  # type: ignore[union-attr]
-        hands = min(self._threads, len(found))
-        list(self._readers.map(read, [found[hand::hands] for hand in range(hands)]))
-        return records
+    def get_many(self, keys: Sequence[bytes]) -> list[Record | None]:
+        """Records that have been read ahead, and the others now. A damaged one is forgotten."""
+        wanted: dict[bytes, Entry] = {}
+        coming: dict[bytes, Future[dict[bytes, Record]]] = {}
+        with self._lock:
+            for key in keys:
+                entry = self._entries.get(key)
+                expected = self._coming.pop(key, None)
+                if entry is None:
+                    continue
+                if expected is not None and expected[0] is entry:  # not written over since
+                    coming[key] = expected[1]
+                else:
+                    wanted[key] = entry
+        records = self._fetch(wanted)
+        for key, found in coming.items():
+            if (record := found.result().get(key)) is not None:
+                records[key] = record
+        return [records.get(key) for key in keys]
 
     def holds(self, key: bytes) -> bool:
         return key in self._entries
 
     def put(self, key: bytes, depth: int, value: Tensor) -> bool:
-        if self._full or value.dtype not in _DTYPES or value.dim() > 4:
+        if self._full or value.dtype not in DTYPES or value.dim() > 4:
             return False
         with self._lock:
             if self._waiting and self._waiting + value.nbytes > self._queued:
@@ -183,13 +161,22 @@ class DiskStore:
         """Wait until everything that was put is written."""
         self._queue.join()
 
+    def cool(self) -> None:
+        """Write everything out and drop it from the page cache: what is read next comes from the disk."""
+        self.flush()
+        os.fsync(self._file)
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         """Stop reading and writing. Without ``keep`` the records are user data that nobody asked to be kept: gone."""
         if not self._writer.is_alive():
             return
         self._queue.put(None)
         self._writer.join()
+        self._ahead.shutdown()
         self._readers.shutdown()
+        self._coming.clear()
         os.close(self._file)
         os.close(self._places)
         if not self._keep:
@@ -217,57 +204,67 @@ class DiskStore:
         self._queue.task_done()
 
     def _write(self, key: bytes, depth: int, value: Tensor) -> None:
-        size = _HEADER_BYTES + aligned(value.nbytes)
+        size = HEADER_BYTES + aligned(value.nbytes)
         with self._lock:
             # While it is written over, a slot holds no record.
-            old = self._entries.pop(key, None)
-            if old is not None:
-                self._kept -= old.nbytes
-                self._free[old.slot.size].append(old.slot)
+            if key in self._entries:
+                self._release(key)
             slot = self._free[size].pop() if self._free[size] else None
             if slot is None and self._end + size > self.budget:
                 self.lost += 1
                 return
         if slot is None:
-            slot = _Slot(self._end, size)
-            place = struct.pack("<QQ", slot.offset, slot.size)
-            _write_all(self._places, _PLACE.pack(slot.offset, slot.size, zlib.crc32(place)), None)
+            slot = Slot(self._end, size)
+            _write_all(self._places, pack_place(slot), None)
             self._end += size
-        shape = (*value.shape, *([0] * (4 - value.dim())))
-        header = _HEADER.pack(
-            _MAGIC, _FORMAT, depth, _DTYPES.index(value.dtype), value.dim(), *shape, value.nbytes, size, key,
-            self._prefix(depth),
-        )  # fmt: skip
-        payload = value.view(torch.uint8).numpy().reshape(-1).data
-        alone = zlib.crc32(header)
-        whole = (header + _CHECKSUMS.pack(zlib.crc32(payload, alone), alone)).ljust(_HEADER_BYTES, b"\0")
-        written = os.pwritev(self._file, [whole, payload], slot.offset)
-        if written != len(whole) + value.nbytes:
-            _write_all(self._file, (whole + bytes(payload))[written:], slot.offset + written)
+        entry, header, payload = pack(slot, key, depth, self._prefix(depth), value)
+        written = os.pwritev(self._file, [header, payload], slot.offset)
+        if written != len(header) + value.nbytes:
+            _write_all(self._file, (header + bytes(payload))[written:], slot.offset + written)
         with self._lock:
-            self._entries[key] = _Entry(slot, depth, tuple(value.shape), value.dtype, value.nbytes, header)
+            self._entries[key] = entry
             self._kept += value.nbytes
 
     # -- reading ---------------------------------------------------------------------------------------------
 
-    def _read(self, part: memoryview, key: bytes, entry: _Entry) -> bool:
-        """Fill ``part`` with a slot's header and record, and say whether they are what ``entry`` says."""
-        try:
-            whole = os.preadv(self._file, [part], entry.slot.offset) == len(part)
-        except OSError:
-            whole = False
-        # The header names the sample, the depth and the weights: where it is the one that was written, they are right.
-        if whole and part[: _HEADER.size] == entry.header and _is_whole(part):
-            return True
-        self._forget(key, entry)
-        return False
+    def _fetch(self, wanted: dict[bytes, Entry]) -> dict[bytes, Record]:
+        """Read slots side by side into one buffer, in the order of the file; a damaged one is forgotten."""
+        entries = sorted(wanted.values(), key=lambda entry: entry.slot.offset)
+        if not entries:
+            return {}
+        starts, total = [], 0
+        for entry in entries:
+            starts.append(total)
+            total += HEADER_BYTES + aligned(entry.nbytes)
+        buffer = torch.empty(total, dtype=torch.uint8)
+        bytes_of = buffer.numpy().data
+        parts = [bytes_of[s : s + HEADER_BYTES + e.nbytes] for s, e in zip(starts, entries, strict=True)]
+        sound = [False] * len(entries)
 
-    def _forget(self, key: bytes, entry: _Entry) -> None:
+        def read(hand: int) -> None:
+            for place in range(hand, len(entries), self._threads):
+                part, entry = parts[place], entries[place]
+                with suppress(OSError):
+                    if os.preadv(self._file, [part], entry.slot.offset) == len(part):
+                        sound[place] = entry.is_in(part)
+
+        list(self._readers.map(read, range(min(self._threads, len(entries)))))
+        found = {}
+        for start, entry, whole in zip(starts, entries, sound, strict=True):
+            if whole:
+                start += HEADER_BYTES
+                value = buffer[start : start + entry.nbytes].view(entry.dtype).view(entry.shape)
+                found[entry.key] = Record(entry.depth, value)
+            else:
+                self._forget(entry)
+        return found
+
+    def _forget(self, entry: Entry) -> None:
         with self._lock:
             # The writer may have put a new record there meanwhile; then nothing was torn.
-            if self._entries.get(key) is entry:
+            if self._entries.get(entry.key) is entry:
                 self.torn += 1
-                self._release(key)
+                self._release(entry.key)
 
     def _release(self, key: bytes) -> None:
         entry = self._entries.pop(key)
@@ -276,78 +273,21 @@ class DiskStore:
 
     def _open(self) -> None:
         """Find the slots of an earlier run, and in them the records that are sound."""
-        slots = _slots(os.pread(self._places, os.fstat(self._places).st_size, 0))
+        slots = places(os.pread(self._places, os.fstat(self._places).st_size, 0))
         for slot in slots:
             self._end = slot.offset + slot.size
-            self._adopt(slot)
+            # Take up what the header of a slot speaks of; whether it is true shows when it is read.
+            entry = parse(memoryview(os.pread(self._file, HEADER_BYTES, slot.offset)), slot)
+            if entry is None or entry.key in self._entries or entry.prefix != self._prefix(entry.depth):
+                self._free[slot.size].append(slot)
+            else:
+                self._entries[entry.key] = entry
+                self._kept += entry.nbytes
         # What follows the last slot that is known was allocated by nobody.
-        os.ftruncate(self._places, len(slots) * _PLACE.size)
+        os.ftruncate(self._places, len(slots) * PLACE_BYTES)
         os.lseek(self._places, 0, os.SEEK_END)
         if os.fstat(self._file).st_size > self._end:
             os.ftruncate(self._file, self._end)
-
-    def _adopt(self, slot: _Slot) -> None:
-        """Take up what the header of a slot speaks of; whether it is true shows when it is read."""
-        part = memoryview(os.pread(self._file, _HEADER_BYTES, slot.offset))
-        found = _parse(part, slot) if len(part) == _HEADER_BYTES else None
-        if found is not None:
-            key, prefix, entry = found
-            if key not in self._entries and prefix == self._prefix(entry.depth):
-                self._entries[key] = entry
-                self._kept += entry.nbytes
-                return
-        self._free[slot.size].append(slot)
-
-
-def read_slots(folder: Path) -> Iterator[bool]:
-    """Read every slot of ``folder`` and say whether it holds a sound record.
-
-    Raises:
-        OSError: a file is missing or cannot be read.
-    """
-    with (folder / "slots.bin").open("rb") as file:
-        for slot in _slots((folder / "slots.idx").read_bytes()):
-            file.seek(slot.offset)
-            part = memoryview(file.read(slot.size))
-            found = _parse(part, slot) if len(part) >= _HEADER_BYTES else None  # the last slot may lack its padding
-            yield found is not None and _is_whole(part[: _HEADER_BYTES + found[2].nbytes])
-
-
-def _slots(places: bytes) -> list[_Slot]:
-    """The slots that an index names, up to its first line that is torn."""
-    slots: list[_Slot] = []
-    end = 0
-    for at in range(0, len(places) - _PLACE.size + 1, _PLACE.size):
-        offset, size, checksum = _PLACE.unpack_from(places, at)
-        if checksum != zlib.crc32(places[at : at + 16]) or offset != end or size <= _HEADER_BYTES:
-            break
-        slots.append(_Slot(offset, size))
-        end = offset + size
-    return slots
-
-
-def _is_whole(part: memoryview) -> bool:
-    """Whether a header and the record behind it match their checksum."""
-    whole, alone = _CHECKSUMS.unpack_from(part, _HEADER.size)
-    return bool(alone == zlib.crc32(part[: _HEADER.size]) and whole == zlib.crc32(part[_HEADER_BYTES:], alone))
-
-
-def _parse(part: memoryview, slot: _Slot) -> tuple[bytes, bytes, _Entry] | None:
-    """Key, prefix and entry that the header of ``slot`` speaks of; ``None`` where it is none."""
-    if _CHECKSUMS.unpack_from(part, _HEADER.size)[1] != zlib.crc32(part[: _HEADER.size]):
-        return None
-    magic, form, depth, dtype, dims, *rest = _HEADER.unpack_from(part)
-    *shape, nbytes, size, key, prefix = rest
-    if magic != _MAGIC or form != _FORMAT or dtype >= len(_DTYPES) or dims > 4:
-        return None
-    entry = _Entry(slot, depth, tuple(shape[:dims]), _DTYPES[dtype], nbytes, bytes(part[: _HEADER.size]))
-    if size != slot.size or size != _HEADER_BYTES + aligned(nbytes) or nbytes != _nbytes(entry):
-        return None
-    return key, prefix, entry
-
-
-def _nbytes(entry: _Entry) -> int:
-    return math.prod(entry.shape) * entry.dtype.itemsize
 
 
 def _write_all(file: int, data: bytes, offset: int | None) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frostline.cache.disk import read_slots
+from frostline.cache.slots import read_slots
 from frostline.errors import ConfigError
 
 __all__ = ["Folder", "folders", "remove", "verify"]

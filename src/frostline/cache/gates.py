@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from frostline.cache.codecs import Codec
 from frostline.cache.identity import Rows
 from frostline.cache.passes import Passes, slice_rows, tensors_in
 from frostline.trace import Call
@@ -26,41 +27,69 @@ _LOW_PRECISION_STEPS = 8
 
 @dataclass(frozen=True)
 class Check:
-    """``noise``: between passes as trained; ``difference``: outputs, skipped against full; relative, in fp32 steps."""
+    """What a gate has found; differences are relative to the largest value.
 
+    ``noise``: between passes as trained; ``difference``: outputs, skipped against full; ``codec``: name of the codec,
+    ``error``: what it does to the boundary activation, ``error_output``: and to the output. ``dtypes``: of the hidden
+    state at depth 0 to the frost line.
+    """
+
+    dtypes: list[torch.dtype]
     noise: float
-    difference: float
+    difference: float = 0.0
     refusal: str | None = None
+    codec: str = "raw"
+    error: float = 0.0
+    error_output: float = 0.0
 
     def numbers(self) -> dict[str, Any]:
-        return {"noise": self.noise, "difference": self.difference, "refusal": self.refusal}
+        found = {"noise": self.noise, "difference": self.difference, "refusal": self.refusal}
+        lossy = {"codec": self.codec, "error": self.error, "error_output": self.error_output}
+        return found if self.codec == "raw" else {**found, **lossy}
 
 
-def check(passes: Passes, call: Call, named: Rows, depth: int, depths: Iterable[int]) -> Check:
+def check(passes: Passes, call: Call, named: Rows, depth: int, depths: Iterable[int], codec: Codec) -> Check:
     """Compare passes of one batch.
 
     Args:
         call: the batch; ``named``: its rows.
         depth: the frost line.
         depths: where there are records: passes will enter there.
+        codec: how records are written; what a lossy one costs is measured, and refused only where it is not a number.
     """
     inputs = passes.look(call, depth)
-    line = inputs[depth]
+    line, dtypes = inputs[depth], [value.dtype for value in inputs]
     noise = max(_difference(line, seen) for seen in passes.as_trained(call, depth, 2))
     if noise > _tolerance(line):
-        return Check(noise, 0.0, f"the boundary activation at depth {depth} of one batch differs from pass to pass by "
-                     f"{noise:.1e}: the model draws random numbers, or keeps a mode, below the frost line")  # fmt: skip
+        why = (
+            f"the boundary activation at depth {depth} of one batch differs from pass to pass by {noise:.1e}: "
+            "the model draws random numbers, or keeps a mode, below the frost line"
+        )
+        return Check(dtypes, noise, refusal=why)
     for earlier in sorted(depths):
         if earlier < depth:
             moved = _difference(line, passes.prefill(call, depth, earlier, inputs[earlier]))
             if moved > _tolerance(line):
-                return Check(noise, moved, f"entering at block {earlier} changes the boundary activation at depth "
-                             f"{depth} by {moved:.1e}")  # fmt: skip
-    full, skipped = passes.output(call), passes.output(call, depth, line)
-    difference = max((_difference(a, b) for a, b in _pairs(full, skipped, named.real)), default=0.0)
+                return Check(dtypes, noise, moved, f"entering at block {earlier} changes the boundary activation at "
+                             f"depth {depth} by {moved:.1e}")  # fmt: skip
+    full = passes.output(call)
+
+    def apart(hidden: Tensor) -> float:
+        pairs = _pairs(full, passes.output(call, depth, hidden), named.real)
+        return max((_difference(a, b) for a, b in pairs), default=0.0)
+
+    difference = apart(line)
     if difference > 10 * _tolerance(line):
-        return Check(noise, difference, f"skipping {depth} blocks changes the model's output by {difference:.1e}")
-    return Check(noise, difference)
+        return Check(
+            dtypes, noise, difference, f"skipping {depth} blocks changes the model's output by {difference:.1e}"
+        )
+    if not codec.lossy:
+        return Check(dtypes, noise, difference)
+    decoded = codec.decode(codec.encode(line), line.dtype)
+    error, error_output = _difference(line, decoded), apart(decoded)
+    fits = max(error, error_output) < float("inf")
+    refusal = None if fits else f"the boundary activation at depth {depth} does not fit into {codec.name}"
+    return Check(dtypes, noise, difference, refusal, codec.name, error, error_output)
 
 
 def padding_safe(passes: Passes, call: Call, named: Rows, depth: int) -> bool:

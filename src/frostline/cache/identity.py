@@ -17,7 +17,7 @@ from torch import Tensor
 from frostline.cache.passes import tensors_in
 from frostline.trace import Call
 
-__all__ = ["Rows", "bits", "identify", "is_packed"]
+__all__ = ["Rows", "bits", "identify", "is_packed", "precision_of"]
 
 # Inputs of the head or of the decoder: they never reach the encoder's frost line, and labels of sequences are padded
 # to their batch. (The self-check would find a model for which this is wrong.)
@@ -65,7 +65,13 @@ def is_packed(call: Call) -> bool:
     return bool((steps < -1).any()) if steps.numel() else False
 
 
-def identify(call: Call, rows: int, *, padding_safe: bool) -> Rows:
+def precision_of(call: Call) -> torch.dtype | None:
+    """What autocast computes in while a model runs on these inputs; ``None`` without autocast."""
+    kind = next(iter(tensors_in(call).values())).device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def identify(call: Call, rows: int, *, padding_safe: bool, precision: torch.dtype | None) -> Rows:
     """Name the rows of a batch.
 
     Args:
@@ -73,13 +79,12 @@ def identify(call: Call, rows: int, *, padding_safe: bool) -> Rows:
         rows: samples in the batch.
         padding_safe: a sample's boundary activation does not depend on the padding beside it: real tokens alone
             name it. Else the padded length joins the name.
+        precision: of autocast (:func:`precision_of`).
     """
     tensors = {n: t for n, t in tensors_in(call).items() if not _is_beyond(n)}
     own = {n: t.detach().cpu() for n, t in tensors.items() if t.dim() and t.shape[0] == rows}
     real = _real(own)
     settings = sorted((k, v) for k, v in call[1].items() if _is_setting(v) and not _is_beyond(k))
-    kind = next(iter(tensors.values())).device.type
-    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     shared = hashlib.blake2b(repr((settings, str(precision))).encode(), digest_size=16)
     for name in sorted(tensors.keys() - own.keys()):  # holds for all rows (positions given once)
         value = tensors[name].detach().cpu()

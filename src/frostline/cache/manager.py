@@ -8,6 +8,7 @@ records of different depths and without any, and a record is upgraded when its s
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -19,12 +20,18 @@ from torch import Tensor, nn
 
 from frostline.blocks import BlockStack
 from frostline.cache import gates
-from frostline.cache.cost import Cost
-from frostline.cache.identity import Rows, identify, is_packed
+from frostline.cache.ahead import Lookout
+from frostline.cache.codecs import CODECS
+from frostline.cache.cost import Cost, Price, seconds_of
+from frostline.cache.disk import DiskStore
+from frostline.cache.form import Form
+from frostline.cache.identity import Rows, identify, is_packed, precision_of
 from frostline.cache.options import CacheOptions
 from frostline.cache.passes import Passes, rows_of, slice_rows
+from frostline.cache.plans import Plan, Plans
+from frostline.cache.prefix import PrefixDigest, PrefixWatch
 from frostline.cache.store import HostStore, Record, Store
-from frostline.cache.tiers import PrefixDigest, Tiers, open_disk, open_host
+from frostline.cache.tiers import Tiers, open_disk, open_host
 from frostline.errors import ModelError
 from frostline.trace import Call
 
@@ -42,6 +49,9 @@ class CacheManager:
         samples_per_epoch: after so many samples without one hit, the inputs never repeat and caching stops.
         report: takes an action and its numbers (``cache`` events of the log).
         limit: takes a code and a message: what cannot be cached, and why (law 8).
+        visits: how many more times a sample that comes by now will come by.
+        compiled: what ``torch.compile`` made of the model. It is the one hooked then, outside of the graph; passes
+            beside the training pass run the model as it was.
         store: in place of what the options say (tests).
     """
 
@@ -53,12 +63,16 @@ class CacheManager:
         samples_per_epoch: int,
         report: Callable[..., None],
         limit: Callable[[str, str], None],
+        visits: Callable[[], float] = lambda: math.inf,
+        compiled: nn.Module | None = None,
         store: Store | None = None,
     ) -> None:
         self.stack = stack
         self.store: Store = store if store is not None else HostStore(0)
         self._options, self._opened = options, store is not None
-        self._digest, self._cost = PrefixDigest(stack), Cost()
+        self._form = Form(CODECS[options.codec])
+        self._digest, self._watch, self._cost = PrefixDigest(stack), PrefixWatch(), Cost()
+        self._plans, self._lookout, self._visits, self._compiled = Plans(), Lookout(), visits, compiled
         self.depth = 0
         self.counts: Counter[str] = Counter()
         self.stopped: str | None = None
@@ -69,9 +83,8 @@ class CacheManager:
         self._checked = False
         self._padding_safe: bool | None = None  # None: no batch with padding has been seen
         self._padding_depth = 0
-        self._prefix: list[Tensor] = []
-        self._buffers: dict[int, Tensor] = {}
-        self._versions: list[tuple[int, int]] = []
+        self._disk_asked: set[int] = set()
+        self._dtypes: list[torch.dtype] = []  # of the hidden state at each depth down to the line
         self._busy = False
         self._unknown_in_a_row = 0
 
@@ -81,12 +94,12 @@ class CacheManager:
         """The frost line is at ``depth`` now. Shallower records are upgraded as their samples come by."""
         if stack is self.stack and depth == self.depth:
             return
-        if self._versions:
-            self._forget_stale()
+        self._forget_stale()
         if depth < self.depth:
             self._unknown_in_a_row = 0
             self._digest.forget(stack)
             self._cost = Cost()
+            self._plans.forget()
             self.counts["dropped"] += self.store.drop_deeper(depth)
         if stack is not self.stack:
             self.stack, self._passes = stack, None
@@ -94,12 +107,21 @@ class CacheManager:
         self._uninstall()
         self.depth, self._checked = depth, False
         self._cost.moved()
-        self._versions = []
-        buffers = [b for m in stack.prefix_modules(depth) for b in m.buffers()]
-        self._buffers = dict(enumerate(buffers))
-        self._prefix = [*buffers, *stack.prefix_parameters(depth).values()]
-        if depth and self.stopped is None:
-            self._install()
+        self._watch.moved(stack, depth)
+        self._follow_plan()
+
+    def agree(self) -> None:
+        """After every optimizer step, on every rank: do what rank 0's clock says."""
+        if self._plans.agree():
+            self._follow_plan()
+
+    def expect(self, batch: Any) -> None:
+        """A batch that will come soon, as the loader yields it: what is slow to read is read meanwhile."""
+        if self._passes is None or not self._handles or not self.store.reads_ahead or self._lookout.lost:
+            return
+        main = getattr(self._passes.module, "main_input_name", None)
+        if keys := self._lookout.names(batch, main, padding_safe=bool(self._padding_safe)):
+            self.store.expect(keys)
 
     def stop(self, code: str, reason: str) -> None:
         """Give up caching for the rest of the run, and say why; the run goes on without."""
@@ -119,10 +141,11 @@ class CacheManager:
 
     def state_dict(self) -> dict[str, Any]:
         """What the clock has decided: a resumed run takes it over instead of measuring again (law 4)."""
-        return {"stopped": self.stopped}
+        return {"stopped": self.stopped, "plans": self._plans.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over :meth:`state_dict`; records are found again by themselves, or made again."""
+        self._plans.load_state_dict(state["plans"])
         if state["stopped"] is not None and self.stopped is None:
             self._end(state["stopped"])
 
@@ -140,19 +163,21 @@ class CacheManager:
 
     def _open(self) -> Store:
         host = open_host(self._options)
-        if self._options.mode == "memory":
-            return host
+        disk = self._open_disk() if self._options.mode == "disk" else None
+        return host if disk is None else Tiers(host, disk)
+
+    def _open_disk(self) -> DiskStore | None:
         try:
-            return Tiers(host, open_disk(self._options, self.stack, self._digest))
+            return open_disk(self._options, self.stack, self._digest)
         except OSError as error:
             self._limit("cache-disk", f"no boundary activations on disk, only in memory: {error}")
-            return host
+            return None
 
     # -- hooks -----------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
         # First of all hooks: the freezer's put the model in eval mode, and what runs here must find it in train mode.
-        for ancestor in self.stack.ancestors():
+        for ancestor in self.stack.ancestors() if self._compiled is None else [self._compiled]:
             self._handles.append(ancestor.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
             self._handles.append(ancestor.register_forward_hook(self._leave, always_call=True))
 
@@ -165,12 +190,13 @@ class CacheManager:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._inside is module:
             self._leave(module)  # an interrupt (Ctrl-C) cut the last pass off before its end
-        if self._busy or self._inside is not None or not module.training or not torch.is_grad_enabled():
+        run = self.stack.model if module is self._compiled else module
+        if self._busy or self._inside is not None or not run.training or not torch.is_grad_enabled():
             return
         self._busy = True
         call: Call = (args, kwargs)
         try:
-            hidden = self._serve(module, call)
+            hidden = self._serve(run, call)
             if hidden is not None and self._passes is not None:
                 self._passes.begin(call, self.depth, hidden)
                 self._inside = module
@@ -213,20 +239,32 @@ class CacheManager:
             return None
         if not self._opened:  # not before: a host may load other weights after it has frozen the first blocks
             self.store, self._opened = self._open(), True
+            self._follow_plan()
         self._forget_stale()
-        named = identify(call, rows, padding_safe=bool(self._padding_safe))
+        precision = precision_of(call)
+        named = identify(call, rows, padding_safe=bool(self._padding_safe), precision=precision)
         if not self._checked and not self._check(self._passes, call, named):
             return None
         if named.padded and self._padding_safe is not False and self._padding_depth != self.depth:
             self._check_padding(self._passes, call, named)
-            named = identify(call, rows, padding_safe=bool(self._padding_safe))
+            named = identify(call, rows, padding_safe=bool(self._padding_safe), precision=precision)
+        self._lookout.came(call, named.keys[0])
+        if self._lookout.lost:
+            self._limit("cache-ahead", "the loader yields other inputs than the model gets: nothing is read ahead")
+        if self._options.mode == "auto" and not self._pays(self._passes, call, named):
+            return None
         hidden = self._assemble(self._passes, call, named)
         if (cost := self._cost.numbers()) is not None:
             self._report("cost", depth=self.depth, **cost)
             if cost["reading"] > cost["computing"]:
-                self.stop("slow", f"reading a sample takes {1e3 * cost['reading']:.2g} ms, computing it again "
-                          f"{1e3 * cost['computing']:.2g} ms")  # fmt: skip
-                return None
+                each = [f"{1e3 * cost[name]:.2g} ms" for name in ("reading", "computing")]
+                self._limit(
+                    "cache-slow",
+                    f"not cached at depth {self.depth}: reading a sample takes {each[0]}, computing it again {each[1]}",
+                )
+                self._settle(Plan(keep=False, disk=False))
+                if not self._handles:
+                    return None
         if self._unknown_in_a_row > self._samples_per_epoch + rows and self.store.records:
             self.stop("no-hits", f"none of {self._unknown_in_a_row} samples came by a second time with the same "
                       "input (augmentation or masking makes each one new)")  # fmt: skip
@@ -246,16 +284,16 @@ class CacheManager:
         if groups.keys() == {self.depth}:
             self.counts["hits"] += len(whole)
             with self._cost.reading(len(whole), looked):
-                return self._join([r for r in records if r is not None], whole, named)
+                return self._join(records, whole, named, self.depth)
         joined: Tensor | None = None
         for depth, rows in sorted(groups.items()):
-            kept = [r for r in (records[row] for row in rows) if r is not None]
-            before = self._join(kept, rows, named) if depth else None
+            before = self._join([records[row] for row in rows], rows, named, depth) if depth else None
             timed = self._cost.computing(len(rows)) if depth == 0 and len(rows) == len(whole) else nullcontext()
             with timed:
                 part = passes.prefill(slice_rows(call, rows, len(whole)), self.depth, depth, before)
-            if depth < self.depth:
-                self._keep(part, rows, named)
+            if depth < self.depth and (self._visits() > 0 or self._options.keep):
+                for taken in self._form.keep(self.store, part, rows, named, self.depth):
+                    self.counts["written" if taken else "full"] += 1
             self.counts["hits" if depth == self.depth else "upgrades" if depth else "misses"] += len(rows)
             if len(rows) == len(whole):
                 return part
@@ -265,33 +303,71 @@ class CacheManager:
         assert joined is not None
         return joined
 
-    def _join(self, records: list[Record], rows: list[int], named: Rows) -> Tensor:
-        """Records of ``rows`` as one tensor on the model's device, padded to the batch with zeros."""
-        first = records[0].value
-        if self._padding_safe and named.real is not None:
-            joined = first.new_zeros((len(rows), named.real.shape[1], *first.shape[1:]))
-            for place, (row, record) in enumerate(zip(rows, records, strict=True)):
-                joined[place, named.real_of(row)] = record.value
-        else:
-            joined = torch.stack([record.value for record in records])
-        return joined.to(next(self.stack.model.parameters()).device)
+    def _join(self, records: list[Record | None], rows: list[int], named: Rows, depth: int) -> Tensor:
+        device = next(self.stack.model.parameters()).device
+        return self._form.join([r for r in records if r is not None], rows, named, self._dtypes[depth], device)
 
-    def _keep(self, hidden: Tensor, rows: list[int], named: Rows) -> None:
-        host = hidden.detach().cpu()
-        for place, row in enumerate(rows):
-            value = host[place]
-            if self._padding_safe and named.real is not None:
-                value = value[named.real_of(row)]
-            kept = self.store.put(named.keys[row], self.depth, value)
-            self.counts["written" if kept else "full"] += 1
+    # -- what pays -------------------------------------------------------------------------------------------
+
+    def _pays(self, passes: Passes, call: Call, named: Rows) -> bool:
+        """At each depth anew: is keeping records worth it, and on disk too once memory is full? (mode ``auto``)"""
+        plan = self._plans.of(self.depth)
+        if plan is None and not self._plans.awaits(self.depth):
+            price = self._price(passes, call, named, HostStore(1 << 40))
+            # Records of a shallower line pay once more even if their upgrades are not kept.
+            visits = self._visits() + bool(self.store.records)
+            self._tell(price, visits, "memory", Plan(keep=price.pays(visits), disk=False))
+        elif plan is not None and not plan.disk and self.counts["full"] and self.depth not in self._disk_asked:
+            self._disk_asked.add(self.depth)
+            disk = self._open_disk() if isinstance(self.store, HostStore) else None
+            if disk is not None:
+                price = self._price(passes, call, named, disk)
+                disk.close()
+                self._tell(price, self._visits(), "disk", Plan(keep=True, disk=price.pays(self._visits())))
+        return bool(self._handles)
+
+    def _price(self, passes: Passes, call: Call, named: Rows, store: HostStore | DiskStore) -> Price:
+        """Time computing, writing and reading of one batch; from disk with nothing of it in the page cache."""
+        rows = list(range(len(named.keys)))
+        line = passes.prefill(call, self.depth)
+        computing = seconds_of(lambda: passes.prefill(call, self.depth)) / len(rows)
+        writing = seconds_of(lambda: self._form.keep(store, line, rows, named, self.depth)) / len(rows)
+        store.cool()
+        if store.records < len(set(named.keys)):  # no room for a single batch
+            return Price(computing, writing, math.inf, 0.0)
+        reading = seconds_of(lambda: self._join(store.get_many(named.keys), rows, named, self.depth), store.cool)
+        return Price(computing, writing, reading / len(rows), store.nbytes / len(rows))
+
+    def _tell(self, price: Price, visits: float, tier: str, plan: Plan) -> None:
+        self._report("price", depth=self.depth, tier=tier, visits=visits, **price._asdict(), **plan._asdict())
+        self._settle(plan)
+
+    def _settle(self, plan: Plan) -> None:
+        if self._plans.propose(self.depth, plan):
+            self._follow_plan()
+
+    def _follow_plan(self) -> None:
+        """Install or take away what the plan for this depth says."""
+        plan = self._plans.of(self.depth)
+        wanted = self.depth > 0 and self.stopped is None and (plan is None or plan.keep)
+        if plan is not None and not plan.keep:
+            self.store.clear()  # reading it would be slower at a deeper line, too
+        if plan is not None and plan.disk and self._opened and isinstance(self.store, HostStore):
+            disk = self._open_disk()
+            self.store = self.store if disk is None else Tiers(self.store, disk)
+        if wanted and not self._handles:
+            self._install()
+        elif not wanted:
+            self._uninstall()
 
     # -- gates -----------------------------------------------------------------------------------------------
 
     def _check(self, passes: Passes, call: Call, named: Rows) -> bool:
         """Before the first hit at a depth: is the boundary activation the same each time, and skipping exact?"""
         started = time.perf_counter()
-        found = gates.check(passes, call, named, self.depth, self.store.depths())
+        found = gates.check(passes, call, named, self.depth, self.store.depths(), self._form.codec)
         self._report("check", depth=self.depth, seconds=time.perf_counter() - started, **found.numbers())
+        self._dtypes = found.dtypes
         self._checked = found.refusal is None
         if found.refusal is not None:
             self.stop("check", found.refusal)
@@ -304,21 +380,13 @@ class CacheManager:
         self._report("padding", depth=self.depth, safe=safe)
         if self._padding_safe and not safe:  # a block that has just frozen looks at padding: records lack it
             self.store.clear()
-        self._padding_safe, self._padding_depth = safe, self.depth
+        self._padding_safe, self._padding_depth, self._form.unpadded = safe, self.depth, safe
 
     def _forget_stale(self) -> None:
         """Forget every record if a weight or buffer of the prefix is not what it was."""
-        versions = [(tensor.data_ptr(), tensor._version) for tensor in self._prefix]
-        if versions == self._versions:
-            return
-        # DDP writes the buffers of rank 0 over all others' at each step: they have a new version, and the same values.
-        changed = [i for i, (a, b) in enumerate(zip(versions, self._versions, strict=False)) if a != b]
-        same = all(i in self._buffers and torch.equal(self._buffers[i], self._prefix[i]) for i in changed)
-        if self._versions and not same:
+        if self._watch.changed():
             self.counts["stale"] += self.store.records
             self._report("stale", depth=self.depth, records=self.store.records)
             self.store.clear()
             self._digest.forget(self.stack)
             self._checked, self._unknown_in_a_row = False, 0
-        self._versions = versions
-        self._buffers = {i: self._prefix[i].detach().clone() for i in self._buffers}

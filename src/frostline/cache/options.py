@@ -8,19 +8,22 @@ from typing import Any
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
+from frostline.cache.codecs import CODECS
 from frostline.errors import ConfigError, choices_message, validation_message
 
 __all__ = ["MODES", "CacheOptions", "CacheSetting", "cache_options"]
 
-MODES = ("off", "memory", "disk")
+MODES = ("off", "auto", "memory", "disk")
 
 
 class CacheOptions(BaseModel):
     """How boundary activations are kept.
 
-    ``mode``: ``off``; ``memory`` (host memory); ``disk`` (host memory, and a folder for what does not fit there).
+    ``mode``: ``off``; ``memory`` (host memory); ``disk`` (host memory, and a folder for what does not fit there);
+    ``auto`` (what pays: at each depth the running job is measured, and nothing, memory, or memory and disk used).
     ``memory`` and ``disk`` are budgets in bytes (or "2GB"; default: half of what is free), ``folder`` is where records
-    on disk go (default: the user's cache), ``keep`` leaves them there when the run ends.
+    on disk go (default: the user's cache), ``keep`` leaves them there when the run ends. ``codec``: ``raw``; ``bf16``,
+    ``fp16`` or ``int8`` (one scale a token) take a half to a quarter of fp32's bytes and lose precision.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -30,6 +33,7 @@ class CacheOptions(BaseModel):
     disk: ByteSize | None = Field(default=None, ge=0)
     folder: Path | None = None
     keep: bool = False
+    codec: str = "raw"
 
     @field_validator("mode", mode="before")
     @classmethod
@@ -37,6 +41,13 @@ class CacheOptions(BaseModel):
         value = "off" if value is False else value  # YAML reads the word off as false
         if value not in MODES:
             raise ValueError(choices_message("cache mode", str(value), MODES))
+        return value
+
+    @field_validator("codec")
+    @classmethod
+    def _is_codec(cls, value: str) -> str:
+        if value not in CODECS:
+            raise ValueError(choices_message("codec", value, tuple(CODECS)))
         return value
 
 

@@ -30,14 +30,21 @@ class Record(NamedTuple):
 class Store(Protocol):
     """Keeps records within a budget. A record is whole or not there.
 
-    ``torn`` counts records that were found damaged, ``lost`` those that were taken and then not kept.
+    ``torn`` counts records that were found damaged, ``lost`` those that were taken and then not kept. ``reads_ahead``:
+    reading takes long enough that it is worth saying what will be asked for.
     """
+
+    @property
+    def reads_ahead(self) -> bool: ...
 
     @property
     def torn(self) -> int: ...
 
     @property
     def lost(self) -> int: ...
+
+    def expect(self, keys: Sequence[bytes]) -> None:
+        """Records that will be asked for soon."""
 
     def get_many(self, keys: Sequence[bytes]) -> list[Record | None]:
         """The records of some samples. The tensors are valid until the next ``put`` of their keys."""
@@ -84,6 +91,7 @@ class HostStore:
         self._used = self._reserved = self._kept = 0
 
     torn = lost = 0  # memory neither tears nor refuses later what it has taken
+    reads_ahead = False
 
     @property
     def records(self) -> int:
@@ -93,6 +101,9 @@ class HostStore:
     def nbytes(self) -> int:
         """Bytes of the records that are kept."""
         return self._kept
+
+    def expect(self, keys: Sequence[bytes]) -> None:
+        """Nothing to do: they are there."""
 
     def get_many(self, keys: Sequence[bytes]) -> list[Record | None]:
         found = (self._slots.get(key) for key in keys)
@@ -116,6 +127,9 @@ class HostStore:
         self._slots[key] = (depth, slot, kept)
         self._kept += kept.nbytes
         return True
+
+    def cool(self) -> None:
+        """Nothing to do: there is no faster copy of what is here."""
 
     def depths(self) -> set[int]:
         return {depth for depth, _, _ in self._slots.values()}

@@ -17,16 +17,18 @@ from torch import Tensor
 
 from frostline.blocks import BlockStack
 from frostline.cache.disk import DiskStore
-from frostline.cache.identity import bits
 from frostline.cache.options import CacheOptions
 from frostline.cache.store import HostStore, Record, Store
 from frostline.places import cache_dir
 
-__all__ = ["PrefixDigest", "Tiers", "activations_dir", "open_disk", "open_host"]
+__all__ = ["Tiers", "activations_dir", "open_disk", "open_host"]
 
 # Of what is free when caching starts; the rest is the run's own.
 _SHARE = 0.5
 _MOST_RUNS = 16
+# Parts of a Hugging Face configuration that training, saving and loading write into it; none of them says what the
+# model computes (the dtype is that of the parameters).
+_WRITTEN_BY_HOSTS = ("_name_or_path", "architectures", "dtype", "problem_type", "torch_dtype", "transformers_version")
 
 
 class Tiers:
@@ -57,6 +59,15 @@ class Tiers:
     def holds(self, key: bytes) -> bool:
         return any(tier.holds(key) for tier in self.tiers)
 
+    @property
+    def reads_ahead(self) -> bool:
+        return any(tier.reads_ahead and tier.records for tier in self.tiers)
+
+    def expect(self, keys: Sequence[bytes]) -> None:
+        for tier in self.tiers:
+            tier.expect(keys)
+            keys = [key for key in keys if not tier.holds(key)]
+
     def get_many(self, keys: Sequence[bytes]) -> list[Record | None]:
         records: list[Record | None] = [None] * len(keys)
         for tier in self.tiers:
@@ -86,29 +97,6 @@ class Tiers:
             tier.close()
 
 
-class PrefixDigest:
-    """16 bytes that stand for every weight and buffer below a depth; they must be frozen when it is asked."""
-
-    def __init__(self, stack: BlockStack) -> None:
-        self._stack = stack
-        self._known: dict[int, bytes] = {}
-
-    def __call__(self, depth: int) -> bytes:
-        if depth not in self._known:
-            digest = hashlib.blake2b(digest_size=16)
-            buffers = (b for m in self._stack.prefix_modules(depth) for b in m.buffers())
-            for tensor in (*self._stack.prefix_parameters(depth).values(), *buffers):
-                digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-                digest.update(bits(tensor.detach().cpu()))
-            self._known[depth] = digest.digest()
-        return self._known[depth]
-
-    def forget(self, stack: BlockStack) -> None:
-        """The weights of ``stack`` change, or another prefix of it has become known."""
-        self._stack = stack
-        self._known.clear()
-
-
 def activations_dir() -> Path:
     """Where records on disk go if a run does not say otherwise."""
     return cache_dir() / "activations"
@@ -131,7 +119,7 @@ def open_disk(options: CacheOptions, stack: BlockStack, prefix: Callable[[int], 
     root = (options.folder or activations_dir()).expanduser()
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     budget = int(_SHARE * shutil.disk_usage(root).free) if options.disk is None else options.disk
-    about = _about(stack)
+    about = _about(stack, options.codec)
     key = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
     for number in range(1, _MOST_RUNS + 1):
         folder = root / (key if number == 1 else f"{key}-{number}")
@@ -144,16 +132,17 @@ def open_disk(options: CacheOptions, stack: BlockStack, prefix: Callable[[int], 
     raise OSError(f"{_MOST_RUNS} runs use {root / key} at the same time")
 
 
-def _about(stack: BlockStack) -> dict[str, Any]:
+def _about(stack: BlockStack, codec: str) -> dict[str, Any]:
     named = [(name, tuple(p.shape), str(p.dtype)) for name, p in sorted(stack.model.named_parameters())]
     config = getattr(stack.model, "config", None)
-    settings = repr(sorted(config.to_dict().items())) if config is not None and hasattr(config, "to_dict") else ""
+    said = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    settings = repr(sorted((name, value) for name, value in said.items() if name not in _WRITTEN_BY_HOSTS))
     return {
         "model": type(stack.model).__name__,
         "blocks": len(stack),
         "stack": stack.path,
         "parameters": hashlib.blake2b(repr((named, settings)).encode(), digest_size=8).hexdigest(),
-        "codec": "raw",
+        "codec": codec,
         "torch": torch.__version__,
     }
 

@@ -229,11 +229,26 @@ def _cache(run: Run) -> Iterable[Section]:
                 str(e["depth"]),
                 _number(e["noise"]),
                 _number(e["difference"]),
-                e["refusal"] or "used",
+                e["refusal"]
+                or ("used" if "codec" not in e else f"used in {e['codec']}, which costs {_number(e['error'])}"),
             )
             for e in checks
         ]
         tables.append(Numbers("Checks before the first hit at a depth (largest relative difference)", heads, found))
+    if prices := [e for e in run.select("cache") if e.get("action") == "price"]:
+        columns = ("sample", "depth", "tier", "compute (ms)", "write (ms)", "read (ms)", "KiB", "outcome")
+        costs = [
+            (
+                f"{e['samples']:,}",
+                str(e["depth"]),
+                e["tier"],
+                *(_number(1e3 * float(e[name])) for name in ("computing", "writing", "reading")),
+                _number(e["nbytes"] / 1024),
+                "used" if e["disk" if e["tier"] == "disk" else "keep"] else "does not pay: not used",
+            )
+            for e in prices
+        ]
+        tables.append(Numbers("What a record costs for one sample, measured on this run", columns, costs))
     yield Section("cache", "Cache", text, None, tables)
 
 
