@@ -60,6 +60,7 @@ class Frostline:
         batch_size: samples per optimizer step over all ranks and micro-batches. With the default of 1, "samples"
             in the log count optimizer steps.
         samples_per_epoch: where the last batch of an epoch is smaller.
+        sized: whether ``steps_per_epoch`` is an epoch; else (a stream) any sample may come by again at any time.
         blocks: dotted path of the list of blocks, where it is not found by itself.
         events: an :class:`EventLog` or the path of one; kept in memory if not given.
         scaler: the gradient scaler, if there is one (``before_step`` must come before ``unscale_``).
@@ -82,6 +83,7 @@ class Frostline:
         epochs: float,
         batch_size: int = 1,
         samples_per_epoch: int | None = None,
+        sized: bool = True,
         blocks: str | None = None,
         events: EventLog | str | Path | None = None,
         scaler: Any = None,
@@ -103,7 +105,7 @@ class Frostline:
         self._steps_per_epoch, self._batch_size, self._blocks_path = steps_per_epoch, batch_size, blocks
         self._samples_per_epoch = min(samples_per_epoch or steps_per_epoch * batch_size, steps_per_epoch * batch_size)
         self._model_class = type(model).__name__
-        self._active = policy != "none"
+        self._active, self._sized = policy != "none", sized
         self._statistics: GradientSum | None = None
         self._parting: dict[str, Any] = {}
         self.cache: CacheManager | None = None
@@ -178,7 +180,7 @@ class Frostline:
         Batches are fetched in the same order and handed out unchanged. They must be mappings of the model's inputs
         (``model(**batch)``). Accelerate's loaders are given back themselves, since they look ahead already.
         """
-        return watched(loader, self._expect)
+        return watched(loader, self._expect) if self.cache is not None else loader
 
     def limit(self, code: str, message: str) -> None:
         """Log what cannot be done for this model, once (law 8)."""
@@ -300,6 +302,8 @@ class Frostline:
 
     def _visits(self) -> float:
         """How many more epochs bring back a sample that comes by now."""
+        if not self._sized:
+            return math.inf
         epoch = self.samples // self.plan.samples_per_epoch
         return max(0, math.ceil(self.plan.epochs - 1e-6) - 1 - epoch)
 
@@ -369,7 +373,7 @@ class Frostline:
             return None
         return CacheManager(
             self.stack, options, samples_per_epoch=self._samples_per_epoch, report=self._log_cache, limit=self.limit,
-            visits=self._visits, compiled=compiled,
+            samples=lambda: self.samples, visits=self._visits, compiled=compiled,
         )  # fmt: skip
 
     def _log_cache(self, action: str, **numbers: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import frostline
-from frostline.cache import watched
+from frostline.cache import disk, watched
 from frostline.cache.disk import DiskStore
 from tests.adapters.hosts import Rows, bert, trainer_for
 from tests.architectures import ARCHITECTURES
@@ -95,6 +95,21 @@ def test_a_loader_of_accelerate_knows_its_last_batch(accelerator: Accelerator) -
     assert ends == [False, False, True]
 
 
+def test_the_loaders_own_iterator_is_made_at_once() -> None:
+    """What it draws or agrees on with other ranks must happen even where nobody asks for a batch (a dispatcher)."""
+    made: list[int] = []
+
+    class Loader:
+        def __iter__(self) -> Iterator[int]:
+            made.append(1)
+            return iter([1, 2])
+
+    ours = watched(Loader(), print)
+    batches = iter(ours)
+    assert made == [1]
+    assert list(batches) == [1, 2]
+
+
 # -- the store -----------------------------------------------------------------------------------------------
 
 
@@ -136,11 +151,17 @@ def test_a_damaged_record_that_was_expected_is_not_used(tmp_path: Path) -> None:
     store.close()
 
 
-def test_what_nobody_asks_for_is_given_up(tmp_path: Path) -> None:
+def test_what_nobody_asks_for_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = filled(tmp_path / "a")
+    monkeypatch.setattr(disk, "_AHEAD", 3 * value(4, 1).nbytes)
     for number in range(20):
         store.expect([key(number)])
-    assert len(store._coming) <= 4
+    assert 0 < len(store._coming) == len(store._announced) <= 7
+    assert sum(store._announced.values()) <= disk._AHEAD
+    store.expect([key(n) for n in range(20)])  # more than may be read ahead at all
+    assert_records(store, 20, 1)
+    assert not store._coming
+    assert not store._announced
     store.drop_deeper(0)
     assert store.get_many([key(n) for n in range(20)]) == [None] * 20
     store.close()
@@ -215,7 +236,7 @@ def test_other_inputs_than_the_loaders_are_said_and_end_it(tmp_path: Path, reads
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"bf16": True}, {"dataloader_num_workers": 1}, {"gradient_accumulation_steps": 2}],
+    [{}, {"bf16": True}, {"dataloader_num_workers": 1}, {"gradient_accumulation_steps": 8}],
     ids=lambda changes: "-".join(changes) or "default",
 )
 def test_a_trainer_reads_ahead(changes: dict[str, Any], tmp_path: Path, reads: list[tuple[bool, int]]) -> None:

@@ -127,6 +127,22 @@ def test_records_of_other_weights_are_not(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_failing_writer_neither_hangs_nor_leaves_anything(tmp_path: Path) -> None:
+    def fails(depth: int) -> bytes:
+        raise TypeError("weights of a kind that cannot be hashed")
+
+    store = DiskStore(tmp_path / "a", 1 << 20, prefix=fails)
+    for number in range(5):
+        store.put(key(number), 1, value(number, 1))
+    store.flush()
+    store.cool()
+    assert store.records == 0
+    assert store.lost > 0
+    store.close()
+    store.close()
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     store = filled(tmp_path / "a")
     with pytest.raises(BlockingIOError):

@@ -165,6 +165,29 @@ def test_a_model_compiled_in_place_says_that_it_is_not_cached() -> None:
     frost.finish()
 
 
+@pytest.mark.parametrize("sized", [True, False])
+def test_without_a_batch_size_steps_are_counted_and_nothing_stops(sized: bool) -> None:
+    """An epoch is as many steps, with several rows each; a stream has none, so its samples may always come again."""
+    model = BY_NAME["bert"].build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    steps = {"steps_per_epoch": SAMPLES // ROWS, "epochs": 2} if sized else {"steps_per_epoch": 12, "epochs": 1}
+    frost = frostline.Frostline(model, optimizer, policy="static", depth=2, cache="memory", sized=sized, **steps)
+    for step in range(6):
+        model.train()
+        # Two micro-batches a step, of which one never repeats.
+        for rows in ([(ROWS * step + i) % SAMPLES for i in range(ROWS)], [0, 1, 2, 3]):
+            model(**batch_of(BY_NAME["bert"], rows)).loss.backward()
+        frost.before_step()
+        optimizer.step()
+        optimizer.zero_grad()
+        frost.after_step()
+    cache = frost.summary()["cache"]
+    assert cache["stopped"] is None
+    assert cache["hits"] + cache["misses"] == 12 * ROWS
+    assert cache["misses"] == SAMPLES
+    frost.finish()
+
+
 def test_policy_none_installs_nothing() -> None:
     model = BY_NAME["bert"].build()
     frost = frostline.Frostline(model, torch.optim.SGD(model.parameters()), policy="none", cache="memory", **PLAN)

@@ -154,7 +154,7 @@ def test_inputs_that_never_repeat_stop_the_cache() -> None:
     assert cached.cache is not None
     assert cached.cache.summary()["records"] == 0
     (limit,) = cached.limits
-    assert limit.startswith("cache-no-hits: caching stopped: none of 20 samples came by a second time")
+    assert limit.startswith("cache-no-hits: caching stopped: for a whole epoch no sample came by a second time")
 
 
 def test_a_random_prefix_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,6 +398,31 @@ def test_kept_records_serve_a_later_run_of_the_same_weights(same: bool, tmp_path
     assert second.counts()["hits"] == (SAMPLES if same else 0)
     assert second.cache is not None
     second.cache.close()
+
+
+def test_kept_records_of_a_deeper_line_are_not_taken_over(tmp_path: Path) -> None:
+    """Today their blocks have the weights they were made under; until the line comes down to them they train on."""
+    first, _ = pair(options=on_disk(tmp_path, keep=True), depth=3)
+    train(first, EPOCH)
+    assert first.cache is not None
+    first.cache.close()
+    second, plain = pair(options=on_disk(tmp_path, keep=True), depth=1)
+    both(second, plain, EPOCH[:1])
+    for side in (second, plain):
+        side.freeze(3)
+    both(second, plain, EPOCH, 1)
+    assert second.counts()["hits"] == 0
+    flush(second)
+    both(second, plain, EPOCH, 4)
+    assert second.counts()["hits"] == SAMPLES
+    assert second.cache is not None
+    second.cache.close()
+    # And what it has kept is labelled with the weights of now, not with those of the beginning.
+    third, _ = pair(options=on_disk(tmp_path, keep=True), depth=3)
+    train(third, EPOCH)
+    assert third.counts()["hits"] == 0
+    assert third.cache is not None
+    third.cache.close()
 
 
 def test_a_record_damaged_while_the_run_goes_on_is_computed_again(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_disk_joins_once_memory_is_full_if_it_pays(pays: bool, price: Any, tmp_p
     assert cached.cache.store.records == (SAMPLES if pays else 5)
     assert asked == [2, 2]
     state = cached.cache.state_dict()
-    assert state["plans"]["settled"] == {"2": [True, pays]}
+    assert state["plans"]["2"] == [True, pays, False]
     cached.cache.close()
     assert not list(tmp_path.iterdir())
 
@@ -148,7 +148,7 @@ def test_a_resumed_run_opens_the_disk_that_was_found_to_pay(price: Any, tmp_path
     options = CacheOptions(mode="auto", memory=5 * 8 * 32 * 4, folder=tmp_path)
     side = Side(BERT, cached=True, options=options)
     assert side.cache is not None
-    side.cache.load_state_dict({"stopped": None, "plans": {"settled": {"2": [True, True]}, "steps": 3}})
+    side.cache.load_state_dict({"stopped": None, "plans": {"2": [True, True, False]}})
     side.freeze(2)
     assert not list(tmp_path.iterdir()), "not before the first batch: the host may load other weights"
     train(side, EPOCH)
@@ -175,46 +175,60 @@ def test_nothing_is_written_in_the_last_epoch() -> None:
 
 
 class Ranks:
-    """Stands for a process group: what rank 0 says is what was set."""
+    """Stands for a process group of two, each of which is asked in turn; the store between them is a real one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.said: Any = None
-        self.broadcasts = 0
+        self.rank = 0
+        store = dist.HashStore()
         monkeypatch.setattr(dist, "is_initialized", lambda: True)
         monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-        monkeypatch.setattr(dist, "broadcast_object_list", self._broadcast)
+        monkeypatch.setattr(dist, "get_rank", lambda: self.rank)
+        monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
 
-    def _broadcast(self, box: list[Any], src: int) -> None:
-        assert src == 0
-        self.broadcasts += 1
-        box[0] = self.said
+    def plans(self) -> tuple[Plans, Plans]:
+        found = Plans(), Plans()
+        found[1]._run = found[0]._run  # in another process it would have the same number
+        return found
 
 
 def test_what_a_rank_measures_holds_only_if_rank_0_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(monkeypatch)
-    plans = Plans()
-    assert not plans.propose(2, Plan(keep=False, disk=False))
-    assert plans.awaits(2)
-    assert plans.of(2) is None
+    first, other = ranks.plans()
+    ranks.rank = 1
+    assert not other.propose(2, Plan(keep=False))
+    assert other.awaits(2)
+    assert other.of(2) is None
+    heard = []
     for step in range(1, 49):
-        ranks.said = (2, Plan(keep=True, disk=True)) if step > 20 else None
-        assert plans.agree() == (step in (32, 48))
-    assert ranks.broadcasts == 3
-    assert plans.of(2) == Plan(keep=True, disk=True)
-    assert not plans.awaits(2)
+        if step == 20:
+            ranks.rank = 0
+            assert first.propose(2, Plan(keep=True))
+            assert first.propose(2, Plan(keep=True, disk=True))
+            assert not first.agree()
+            ranks.rank = 1
+        if other.agree():
+            heard.append(step)
+    assert heard == [32]
+    assert first.of(2) == other.of(2) == Plan(keep=True, disk=True)
+    assert not other.awaits(2)
     again = Plans()
-    again.load_state_dict(json.loads(json.dumps(plans.state_dict())))
-    assert again.of(2) == plans.of(2)
+    again.load_state_dict(json.loads(json.dumps(other.state_dict())))
+    assert again.of(2) == other.of(2)
 
 
 def test_ranks_cache_until_rank_0_says_otherwise(monkeypatch: pytest.MonkeyPatch, price: Any) -> None:
     price(lambda depth, _: DOES_NOT)
     ranks = Ranks(monkeypatch)
+    first, other = ranks.plans()
+    ranks.rank = 1
     cached, plain = pair(options=CacheOptions(mode="auto"))
     assert cached.cache is not None
+    cached.cache._plans = other
     both(cached, plain, EPOCH * 2)
     assert cached.counts()["hits"] == SAMPLES
-    ranks.said = (2, Plan(keep=False, disk=False))
+    ranks.rank = 0
+    first.propose(2, Plan(keep=False))
+    ranks.rank = 1
     for _ in range(16):
         cached.cache.agree()
     both(cached, plain, EPOCH, 6)

@@ -32,6 +32,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import has_length
 
 from frostline.adapters.checkpoints import check, newest_complete
 from frostline.adapters.randomness import capture, restore
@@ -279,6 +280,7 @@ class Frost:
             epochs=max_steps / per_epoch,
             batch_size=batch,
             samples_per_epoch=examples,
+            sized=has_length(loader),
             events=self.log,
             scaler=getattr(trainer.accelerator, "scaler", None),
             **self._settings,

@@ -99,6 +99,7 @@ class FrostlineCallback(pl.Callback):
             epochs=float(total) / per_epoch,
             batch_size=batch,
             samples_per_epoch=samples,
+            sized=math.isfinite(batches),
             events=self._log,
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             max_depth_changes=moves,

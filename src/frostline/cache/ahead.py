@@ -17,6 +17,8 @@ __all__ = ["Lookout", "watched"]
 
 # Announced batches that the model then got otherwise, one after the other, before nothing is announced any more.
 _PATIENCE = 8
+# Announced batches that are waited for: with accumulation a host fetches all micro-batches of a step before the first.
+_REMEMBERED = 256
 
 
 class Lookout:
@@ -29,13 +31,17 @@ class Lookout:
     def __init__(self) -> None:
         self._flags: dict[str, Any] | None = None
         self._precision: torch.dtype | None = None
-        self._announced: deque[bytes] = deque(maxlen=_PATIENCE)
+        self._announced: deque[bytes] = deque(maxlen=_REMEMBERED)
         self._otherwise = 0
 
     @property
     def lost(self) -> bool:
         """Whether the model gets other inputs than the loader yields."""
         return self._otherwise >= _PATIENCE
+
+    def give_up(self) -> None:
+        """The loader yields something that cannot be named."""
+        self._otherwise = _PATIENCE
 
     def came(self, call: Call, first: bytes) -> None:
         """A batch has come by; ``first`` is the name of its first sample."""
@@ -66,7 +72,12 @@ class _Seen:
         self._loader, self._see = loader, see
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._loader:
+        # The loader's own iterator is made now: what that draws or agrees on with other ranks must happen even where
+        # nobody goes on to ask it for a batch.
+        return self._shown(iter(self._loader))
+
+    def _shown(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
             self._see(batch)
             yield batch
 
@@ -92,8 +103,8 @@ class _Inner(_Seen):
 class _Ahead(_Seen):
     """The same, one batch ahead of who asks for it."""
 
-    def __iter__(self) -> Iterator[Any]:
-        batches = super().__iter__()
+    def _shown(self, batches: Iterator[Any]) -> Iterator[Any]:
+        batches = super()._shown(batches)
         for held in batches:
             for following in batches:
                 yield held

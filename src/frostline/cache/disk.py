@@ -12,7 +12,7 @@ import logging
 import os
 import queue
 import threading
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -28,8 +28,10 @@ __all__ = ["DiskStore"]
 
 logger = logging.getLogger("frostline")
 
-# Batches that may be on their way at a time; where more are announced, the oldest is given up.
-_BATCHES_AHEAD = 4
+# Bytes that may be read before they are asked for; where more are announced, the oldest batch is given up.
+_AHEAD = 256 << 20
+# Bytes of a record whose checksum takes less time than handing it to another thread.
+_SMALL = 64 << 10
 
 
 class DiskStore:
@@ -54,7 +56,8 @@ class DiskStore:
     ) -> None:  # fmt: skip
         self.folder, self.budget = Path(folder), budget
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._prefix, self._queued, self._keep = prefix, queued, keep
+        self._prefix, self.queued, self._keep = prefix, queued, keep
+        self._closed = False
         self._file = os.open(self.folder / "slots.bin", os.O_RDWR | os.O_CREAT, 0o600)
         self._places = os.open(self.folder / "slots.idx", os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -73,7 +76,7 @@ class DiskStore:
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="frostline-read")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="frostline-ahead")
         self._coming: dict[bytes, tuple[Entry, Future[dict[bytes, Record]]]] = {}
-        self._announced: deque[Future[dict[bytes, Record]]] = deque()
+        self._announced: OrderedDict[Future[dict[bytes, Record]], int] = OrderedDict()  # bytes not asked for yet
         self._queue: queue.Queue[tuple[bytes, int, Tensor] | None] = queue.Queue()
         self._full = False
         self.torn = self.lost = 0
@@ -97,14 +100,16 @@ class DiskStore:
         """Records that will be asked for soon: they are read meanwhile, off this thread."""
         with self._lock:
             wanted = {k: e for k in keys if k not in self._coming and (e := self._entries.get(k)) is not None}
-            if not wanted:
-                return
-            while len(self._announced) >= _BATCHES_AHEAD:
-                given_up = self._announced.popleft()
+            size = sum(entry.nbytes for entry in wanted.values())
+            # What nobody has asked for in so long was announced in vain.
+            while self._announced and sum(self._announced.values()) + size > _AHEAD:
+                given_up, _ = self._announced.popitem(last=False)
+                given_up.cancel()
                 self._coming = {k: (e, found) for k, (e, found) in self._coming.items() if found is not given_up}
-            found = self._ahead.submit(self._fetch, wanted)
-            self._announced.append(found)
-            self._coming.update((key, (entry, found)) for key, entry in wanted.items())
+            if wanted and size <= _AHEAD:
+                found = self._ahead.submit(self._fetch, wanted)
+                self._announced[found] = size
+                self._coming.update((key, (entry, found)) for key, entry in wanted.items())
 
     def get_many(self, keys: Sequence[bytes]) -> list[Record | None]:
         """Records that have been read ahead, and the others now. A damaged one is forgotten."""
@@ -114,6 +119,10 @@ class DiskStore:
             for key in keys:
                 entry = self._entries.get(key)
                 expected = self._coming.pop(key, None)
+                if expected is not None:
+                    self._announced[expected[1]] -= expected[0].nbytes
+                    if not self._announced[expected[1]]:
+                        del self._announced[expected[1]]
                 if entry is None:
                     continue
                 if expected is not None and expected[0] is entry:  # not written over since
@@ -133,7 +142,7 @@ class DiskStore:
         if self._full or value.dtype not in DTYPES or value.dim() > 4:
             return False
         with self._lock:
-            if self._waiting and self._waiting + value.nbytes > self._queued:
+            if self._waiting and self._waiting + value.nbytes > self.queued:
                 return False
             self._waiting += value.nbytes
         self._queue.put((key, depth, value.contiguous().clone()))
@@ -170,14 +179,16 @@ class DiskStore:
 
     def close(self) -> None:
         """Stop reading and writing. Without ``keep`` the records are user data that nobody asked to be kept: gone."""
-        if not self._writer.is_alive():
+        if self._closed:
             return
+        self._closed = True
         self._queue.put(None)
         self._writer.join()
         self._ahead.shutdown()
         self._readers.shutdown()
         self._coming.clear()
         os.close(self._file)
+        fcntl.flock(self._places, fcntl.LOCK_UN)  # a forked worker of a loader may hold a copy of the handle
         os.close(self._places)
         if not self._keep:
             for name in ("slots.bin", "slots.idx", "manifest.json"):
@@ -192,8 +203,8 @@ class DiskStore:
         while (item := self._queue.get()) is not None:
             try:
                 self._write(*item)
-            except OSError as error:
-                # A full disk costs further records, never the run; what is there stays readable.
+            except Exception as error:
+                # A full disk, or weights that cannot be hashed, costs further records, never the run.
                 self._full = True
                 self.lost += 1
                 logger.warning("no more boundary activations are written to %s: %s", self.folder, error)
@@ -235,25 +246,31 @@ class DiskStore:
         starts, total = [], 0
         for entry in entries:
             starts.append(total)
-            total += HEADER_BYTES + aligned(entry.nbytes)
+            total += aligned(entry.nbytes)
         buffer = torch.empty(total, dtype=torch.uint8)
-        bytes_of = buffer.numpy().data
-        parts = [bytes_of[s : s + HEADER_BYTES + e.nbytes] for s, e in zip(starts, entries, strict=True)]
+        values, headers = buffer.numpy().data, memoryview(bytearray(HEADER_BYTES * len(entries)))
         sound = [False] * len(entries)
+
+        def check(place: int) -> bool:
+            start, entry = starts[place], entries[place]
+            header = headers[HEADER_BYTES * place : HEADER_BYTES * (place + 1)]
+            return entry.is_in(header, values[start : start + entry.nbytes])
 
         def read(hand: int) -> None:
             for place in range(hand, len(entries), self._threads):
-                part, entry = parts[place], entries[place]
+                start, entry = starts[place], entries[place]
+                header = headers[HEADER_BYTES * place : HEADER_BYTES * (place + 1)]
+                into = [header, values[start : start + entry.nbytes]]
                 with suppress(OSError):
-                    if os.preadv(self._file, [part], entry.slot.offset) == len(part):
-                        sound[place] = entry.is_in(part)
+                    whole = os.preadv(self._file, into, entry.slot.offset) == HEADER_BYTES + entry.nbytes
+                    sound[place] = whole and (entry.nbytes < _SMALL or check(place))
 
         list(self._readers.map(read, range(min(self._threads, len(entries)))))
         found = {}
-        for start, entry, whole in zip(starts, entries, sound, strict=True):
-            if whole:
-                start += HEADER_BYTES
-                value = buffer[start : start + entry.nbytes].view(entry.dtype).view(entry.shape)
+        typed = {dtype: buffer.view(dtype) for dtype in {entry.dtype for entry in entries}}
+        for place, (start, entry) in enumerate(zip(starts, entries, strict=True)):
+            if sound[place] and (entry.nbytes >= _SMALL or check(place)):
+                value = typed[entry.dtype].as_strided(entry.shape, entry.strides, start // entry.dtype.itemsize)
                 found[entry.key] = Record(entry.depth, value)
             else:
                 self._forget(entry)

@@ -47,6 +47,7 @@ class CacheManager:
         stack: where the model can be cut.
         options: where records are kept, and how many.
         samples_per_epoch: after so many samples without one hit, the inputs never repeat and caching stops.
+        samples: how many have been trained on, in the unit of ``samples_per_epoch``. Default: rows that came by.
         report: takes an action and its numbers (``cache`` events of the log).
         limit: takes a code and a message: what cannot be cached, and why (law 8).
         visits: how many more times a sample that comes by now will come by.
@@ -63,6 +64,7 @@ class CacheManager:
         samples_per_epoch: int,
         report: Callable[..., None],
         limit: Callable[[str, str], None],
+        samples: Callable[[], float] | None = None,
         visits: Callable[[], float] = lambda: math.inf,
         compiled: nn.Module | None = None,
         store: Store | None = None,
@@ -77,16 +79,17 @@ class CacheManager:
         self.counts: Counter[str] = Counter()
         self.stopped: str | None = None
         self._samples_per_epoch, self._report, self._limit = samples_per_epoch, report, limit
+        self._rows = 0
+        self._samples = samples if samples is not None else lambda: self._rows
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._passes: Passes | None = None
         self._inside: nn.Module | None = None
         self._checked = False
         self._padding_safe: bool | None = None  # None: no batch with padding has been seen
         self._padding_depth = 0
-        self._disk_asked: set[int] = set()
         self._dtypes: list[torch.dtype] = []  # of the hidden state at each depth down to the line
         self._busy = False
-        self._unknown_in_a_row = 0
+        self._unknown_since: float | None = None  # the first of the samples in a row that nothing was known of
 
     # -- what the engine calls -------------------------------------------------------------------------------
 
@@ -96,11 +99,11 @@ class CacheManager:
             return
         self._forget_stale()
         if depth < self.depth:
-            self._unknown_in_a_row = 0
-            self._digest.forget(stack)
+            self._unknown_since = None
             self._cost = Cost()
             self._plans.forget()
             self.counts["dropped"] += self.store.drop_deeper(depth)
+            self._digest.forget(stack)  # now, when nothing waits to be written under it
         if stack is not self.stack:
             self.stack, self._passes = stack, None
             self._digest.forget(stack)
@@ -120,8 +123,11 @@ class CacheManager:
         if self._passes is None or not self._handles or not self.store.reads_ahead or self._lookout.lost:
             return
         main = getattr(self._passes.module, "main_input_name", None)
-        if keys := self._lookout.names(batch, main, padding_safe=bool(self._padding_safe)):
-            self.store.expect(keys)
+        try:
+            self.store.expect(self._lookout.names(batch, main, padding_safe=bool(self._padding_safe)))
+        except Exception:  # whatever a loader yields must not cost the run
+            logger.debug("cannot read ahead", exc_info=True)
+            self._lookout.give_up()
 
     def stop(self, code: str, reason: str) -> None:
         """Give up caching for the rest of the run, and say why; the run goes on without."""
@@ -145,7 +151,7 @@ class CacheManager:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over :meth:`state_dict`; records are found again by themselves, or made again."""
-        self._plans.load_state_dict(state["plans"])
+        self._plans.load_state_dict(state.get("plans", {}))
         if state["stopped"] is not None and self.stopped is None:
             self._end(state["stopped"])
 
@@ -168,10 +174,14 @@ class CacheManager:
 
     def _open_disk(self) -> DiskStore | None:
         try:
-            return open_disk(self._options, self.stack, self._digest)
+            disk = open_disk(self._options, self.stack, self._digest)
         except OSError as error:
             self._limit("cache-disk", f"no boundary activations on disk, only in memory: {error}")
             return None
+        # Below a deeper line weights still train: that they are those of a kept record today says nothing of tomorrow.
+        disk.drop_deeper(self.depth)
+        self._digest.forget(self.stack)
+        return disk
 
     # -- hooks -----------------------------------------------------------------------------------------------
 
@@ -251,23 +261,29 @@ class CacheManager:
         self._lookout.came(call, named.keys[0])
         if self._lookout.lost:
             self._limit("cache-ahead", "the loader yields other inputs than the model gets: nothing is read ahead")
+        self._rows += rows
         if self._options.mode == "auto" and not self._pays(self._passes, call, named):
             return None
+        if not self._checked and not self._check(self._passes, call, named):  # a disk has joined, with older records
+            return None
         hidden = self._assemble(self._passes, call, named)
-        if (cost := self._cost.numbers()) is not None:
+        plan = self._plans.of(self.depth)
+        if (cost := self._cost.numbers()) is not None and not (plan is not None and plan.proved):
             self._report("cost", depth=self.depth, **cost)
-            if cost["reading"] > cost["computing"]:
+            pays = cost["reading"] <= cost["computing"]
+            if not pays:
                 each = [f"{1e3 * cost[name]:.2g} ms" for name in ("reading", "computing")]
                 self._limit(
                     "cache-slow",
                     f"not cached at depth {self.depth}: reading a sample takes {each[0]}, computing it again {each[1]}",
                 )
-                self._settle(Plan(keep=False, disk=False))
-                if not self._handles:
-                    return None
-        if self._unknown_in_a_row > self._samples_per_epoch + rows and self.store.records:
-            self.stop("no-hits", f"none of {self._unknown_in_a_row} samples came by a second time with the same "
-                      "input (augmentation or masking makes each one new)")  # fmt: skip
+            self._settle(Plan(pays, plan.disk if plan is not None else None, proved=True))
+            if not self._handles:
+                return None
+        unknown = self._samples() - self._unknown_since if self._unknown_since is not None else 0
+        if unknown > self._samples_per_epoch and self.store.records:
+            self.stop("no-hits", "for a whole epoch no sample came by a second time with the same input (augmentation "
+                      "or masking makes each one new)")  # fmt: skip
             return None
         return hidden
 
@@ -280,7 +296,10 @@ class CacheManager:
         for row, record in enumerate(records):
             groups.setdefault(record.depth if record is not None and record.depth <= self.depth else 0, []).append(row)
         whole = list(range(len(records)))
-        self._unknown_in_a_row = self._unknown_in_a_row + len(whole) if groups.keys() == {0} else 0
+        if groups.keys() != {0}:
+            self._unknown_since = None
+        elif self._unknown_since is None:
+            self._unknown_since = self._samples()
         if groups.keys() == {self.depth}:
             self.counts["hits"] += len(whole)
             with self._cost.reading(len(whole), looked):
@@ -316,15 +335,21 @@ class CacheManager:
             price = self._price(passes, call, named, HostStore(1 << 40))
             # Records of a shallower line pay once more even if their upgrades are not kept.
             visits = self._visits() + bool(self.store.records)
-            self._tell(price, visits, "memory", Plan(keep=price.pays(visits), disk=False))
-        elif plan is not None and not plan.disk and self.counts["full"] and self.depth not in self._disk_asked:
-            self._disk_asked.add(self.depth)
-            disk = self._open_disk() if isinstance(self.store, HostStore) else None
-            if disk is not None:
-                price = self._price(passes, call, named, disk)
-                disk.close()
-                self._tell(price, self._visits(), "disk", Plan(keep=True, disk=price.pays(self._visits())))
+            self._tell(price, visits, "memory", Plan(keep=price.pays(visits)))
+        elif plan is not None and plan.disk is None and self.counts["full"] and isinstance(self.store, HostStore):
+            self._price_disk(passes, call, named, plan)
         return bool(self._handles)
+
+    def _price_disk(self, passes: Passes, call: Call, named: Rows, plan: Plan) -> None:
+        if (disk := self._open_disk()) is None:
+            self._settle(plan._replace(disk=False))
+            return
+        try:
+            disk.queued = 1 << 40  # what it can take at a time is not the question
+            price = self._price(passes, call, named, disk)
+        finally:
+            disk.close()
+        self._tell(price, self._visits(), "disk", plan._replace(disk=price.pays(self._visits())))
 
     def _price(self, passes: Passes, call: Call, named: Rows, store: HostStore | DiskStore) -> Price:
         """Time computing, writing and reading of one batch; from disk with nothing of it in the page cache."""
@@ -333,7 +358,7 @@ class CacheManager:
         computing = seconds_of(lambda: passes.prefill(call, self.depth)) / len(rows)
         writing = seconds_of(lambda: self._form.keep(store, line, rows, named, self.depth)) / len(rows)
         store.cool()
-        if store.records < len(set(named.keys)):  # no room for a single batch
+        if None in store.get_many(named.keys):  # no room for a single batch
             return Price(computing, writing, math.inf, 0.0)
         reading = seconds_of(lambda: self._join(store.get_many(named.keys), rows, named, self.depth), store.cool)
         return Price(computing, writing, reading / len(rows), store.nbytes / len(rows))
@@ -352,9 +377,10 @@ class CacheManager:
         wanted = self.depth > 0 and self.stopped is None and (plan is None or plan.keep)
         if plan is not None and not plan.keep:
             self.store.clear()  # reading it would be slower at a deeper line, too
-        if plan is not None and plan.disk and self._opened and isinstance(self.store, HostStore):
+        if wanted and plan is not None and plan.disk and self._opened and isinstance(self.store, HostStore):
             disk = self._open_disk()
             self.store = self.store if disk is None else Tiers(self.store, disk)
+            self._checked = False  # it may bring records of other depths
         if wanted and not self._handles:
             self._install()
         elif not wanted:
@@ -389,4 +415,4 @@ class CacheManager:
             self._report("stale", depth=self.depth, records=self.store.records)
             self.store.clear()
             self._digest.forget(self.stack)
-            self._checked, self._unknown_in_a_row = False, 0
+            self._checked, self._unknown_since = False, None

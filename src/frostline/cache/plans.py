@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 __all__ = ["Plan", "Plans"]
 
-# Optimizer steps between two looks at what rank 0 has measured; each is one small broadcast.
+# Optimizer steps between two looks at what rank 0 has said.
 _STEPS = 16
+# The same program makes the same runs in the same order on every rank.
+_runs = itertools.count()
 
 
 class Plan(NamedTuple):
-    """``keep``: records are kept and read at this depth; ``disk``: also on disk, where memory is full."""
+    """What is done at one depth.
+
+    ``keep``: records are kept and read; ``disk``: also on disk, where memory is full (``None``: not asked yet);
+    ``proved``: the first batches that were read have been timed, too.
+    """
 
     keep: bool
-    disk: bool
+    disk: bool | None = None
+    proved: bool = False
 
 
 class Plans:
-    """Plans by depth. A rank may be faster than another, so with several of them rank 0 measures for all."""
+    """Plans by depth. A rank may be faster than another, so with several of them rank 0 measures for all.
+
+    Rank 0 says it through the process group's key-value store, which nobody waits for: until a rank has heard of it, it
+    caches, and that costs no correctness (a rank that caches and one that does not compute the same).
+    """
 
     def __init__(self) -> None:
         self._settled: dict[int, Plan] = {}
-        self._proposal: tuple[int, Plan] | None = None
-        self._steps = 0
+        self._awaited: set[int] = set()
+        self._steps = self._said = 0
+        self._run = next(_runs)
 
     def of(self, depth: int) -> Plan | None:
         """What holds at a depth; ``None`` before anything has been measured there."""
@@ -34,46 +49,48 @@ class Plans:
 
     def awaits(self, depth: int) -> bool:
         """Whether this rank has measured, and not heard yet what rank 0 says."""
-        return self._proposal is not None and self._proposal[0] == depth
+        return depth in self._awaited
 
     def propose(self, depth: int, plan: Plan) -> bool:
-        """Say what this process has measured; ``True`` where it holds at once, because there is no other rank."""
+        """Say what this process has measured; ``True`` where it holds, because this is rank 0 or there is no other."""
         if _ranks() > 1:
-            self._proposal = (depth, plan)
-            return False
+            if dist.get_rank() != 0:
+                self._awaited.add(depth)
+                return False
+            distributed_c10d._get_default_store().set(self._key(), json.dumps([depth, *plan]))
+            self._said += 1
         self._settled[depth] = plan
         return True
 
     def agree(self) -> bool:
-        """After every optimizer step, on every rank: take over what rank 0 has said. ``True`` where that was anything.
-
-        What is not agreed yet costs no correctness: a rank that caches and one that does not compute the same.
-        """
+        """After every optimizer step: take over what rank 0 has said. ``True`` where that was anything."""
         self._steps += 1
-        if self._steps % _STEPS or _ranks() == 1:
+        if self._steps % _STEPS or _ranks() == 1 or dist.get_rank() == 0:
             return False
-        said = [self._proposal]
-        dist.broadcast_object_list(said, src=0)
-        self._proposal = None
-        if said[0] is None:
-            return False
-        depth, plan = said[0]
-        self._settled[depth] = Plan(*plan)
-        return True
+        store, heard = distributed_c10d._get_default_store(), False
+        while store.check([self._key()]):
+            depth, *plan = json.loads(store.get(self._key()))
+            self._settled[depth] = Plan(*plan)
+            self._awaited.discard(depth)
+            self._said += 1
+            heard = True
+        return heard
 
     def forget(self) -> None:
         """A thaw: other weights will be below these depths, and a sample is worth another price."""
         self._settled.clear()
-        self._proposal = None
+        self._awaited.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {"settled": {str(depth): list(plan) for depth, plan in self._settled.items()}, "steps": self._steps}
+        return {str(depth): list(plan) for depth, plan in self._settled.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over :meth:`state_dict`."""
-        self._settled = {int(depth): Plan(*plan) for depth, plan in state["settled"].items()}
-        self._steps = state["steps"]
+        self._settled = {int(depth): Plan(*plan) for depth, plan in state.items()}
+
+    def _key(self) -> str:
+        return f"frostline/plans/{self._run}/{self._said}"
 
 
 def _ranks() -> int:

@@ -59,20 +59,21 @@ class Slot:
 class Entry:
     """What a slot holds, as its header says it. One object for each time that a slot is written."""
 
-    __slots__ = ("_alone", "_said", "_whole", "depth", "dtype", "key", "nbytes", "prefix", "shape", "slot")
+    __slots__ = ("_alone", "_said", "_whole", "depth", "dtype", "key", "nbytes", "prefix", "shape", "slot", "strides")
 
     def __init__(
         self, slot: Slot, depth: int, shape: tuple[int, ...], dtype: torch.dtype, key: bytes, prefix: bytes, said: bytes
     ) -> None:  # fmt: skip
         self.slot, self.depth, self.shape, self.dtype, self.key, self.prefix = slot, depth, shape, dtype, key, prefix
         self.nbytes = math.prod(shape) * dtype.itemsize
+        self.strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         self._said = said
         self._whole, self._alone = _CHECKSUMS.unpack_from(said, _FIELDS.size)
 
-    def is_in(self, part: memoryview) -> bool:
-        """Whether the bytes of a slot (header and record) are those that were written."""
+    def is_in(self, header: bytes | memoryview, record: memoryview) -> bool:
+        """Whether the bytes of a slot are those that were written."""
         # Where the header is the one that was written, sample, depth and weights are right.
-        return part[:_SAID] == self._said and zlib.crc32(part[HEADER_BYTES:], self._alone) == self._whole
+        return header[:_SAID] == self._said and zlib.crc32(record, self._alone) == self._whole
 
 
 def pack(slot: Slot, key: bytes, depth: int, prefix: bytes, value: Tensor) -> tuple[Entry, bytes, memoryview]:
@@ -131,4 +132,4 @@ def read_slots(folder: Path) -> Iterator[bool]:
             file.seek(slot.offset)
             part = memoryview(file.read(slot.size))
             entry = parse(part, slot)  # the last slot may lack its padding
-            yield entry is not None and entry.is_in(part[: HEADER_BYTES + entry.nbytes])
+            yield entry is not None and entry.is_in(part, part[HEADER_BYTES : HEADER_BYTES + entry.nbytes])

@@ -104,7 +104,7 @@ def activations_dir() -> Path:
 
 def open_host(options: CacheOptions) -> HostStore:
     """The tier in host memory."""
-    return HostStore(int(_SHARE * _free_memory()) if options.memory is None else options.memory)
+    return HostStore(int(_SHARE * _free_memory() / _neighbours()) if options.memory is None else options.memory)
 
 
 def open_disk(options: CacheOptions, stack: BlockStack, prefix: Callable[[int], bytes]) -> DiskStore:
@@ -118,7 +118,7 @@ def open_disk(options: CacheOptions, stack: BlockStack, prefix: Callable[[int], 
     """
     root = (options.folder or activations_dir()).expanduser()
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    budget = int(_SHARE * shutil.disk_usage(root).free) if options.disk is None else options.disk
+    budget = int(_SHARE * shutil.disk_usage(root).free / _neighbours()) if options.disk is None else options.disk
     about = _about(stack, options.codec)
     key = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
     for number in range(1, _MOST_RUNS + 1):
@@ -145,6 +145,11 @@ def _about(stack: BlockStack, codec: str) -> dict[str, Any]:
         "codec": codec,
         "torch": torch.__version__,
     }
+
+
+def _neighbours() -> int:
+    """Processes of this run on this machine, that share what is free."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _free_memory() -> int:
