@@ -61,9 +61,12 @@ test-browser: $(STAMP) ## look at the report in headless Chromium (installs Debi
 
 bench: $(STAMP) ## measure everything the README quotes (about two hours on a quiet machine)
 	@$(BIN)/frostline fetch minilm mpnet trec reuters8
-	$(BIN)/python benchmarks/accuracy.py trec --seeds 5
-	$(BIN)/python benchmarks/step_time.py minilm
-	$(BIN)/python benchmarks/step_time.py mpnet --part depths --part statistics
+	$(BIN)/python benchmarks/accuracy.py trec --seeds 5 --threads 2
+	$(BIN)/python benchmarks/step_time.py minilm --threads 2
+	$(BIN)/python benchmarks/step_time.py mpnet --part depths --part statistics --rounds 8 --threads 2
+	$(BIN)/python benchmarks/cache.py minilm --rounds 5 --threads 2
+	$(BIN)/python benchmarks/cache.py minilm --tier disk --rounds 5 --threads 2
+	$(BIN)/python benchmarks/disk.py
 	$(BIN)/python benchmarks/table.py
 
 lint: $(STAMP) ## ruff: rules and format

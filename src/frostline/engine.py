@@ -373,7 +373,7 @@ class Frostline:
             return None
         return CacheManager(
             self.stack, options, samples_per_epoch=self._samples_per_epoch, report=self._log_cache, limit=self.limit,
-            samples=lambda: self.samples, visits=self._visits, compiled=compiled,
+            samples=lambda: self.samples, sized=self._sized, visits=self._visits, compiled=compiled,
         )  # fmt: skip
 
     def _log_cache(self, action: str, **numbers: Any) -> None:

@@ -1,6 +1,6 @@
 """The one place that changes ``requires_grad``, ``.grad``, train/eval mode and optimizer state.
 
-What works (measured; reference in ``docs/architecture.md``): frozen parameters stay in their optimizer groups,
+What works (measured): frozen parameters stay in their optimizer groups,
 ``requires_grad`` False, ``.grad`` None. A zero gradient would still move them by momentum and weight decay;
 taking them out of the groups breaks ``state_dict`` and the schedulers.
 """

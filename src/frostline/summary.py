@@ -28,4 +28,5 @@ def _cache_line(cache: dict[str, Any]) -> str:
     share = 100 * (cache["hits"] + cache["upgrades"]) / max(1, looked)
     size = cache["bytes"] / 2**20
     kept = f"{cache['records']} records, {size:.1f} MiB"
-    return f"cache: {share:.0f} % of {looked} samples below the frost line were read; {kept}"
+    trouble = "".join(f"; {cache[name]} {name}" for name in ("full", "torn", "lost", "stale") if cache[name])
+    return f"cache: {share:.0f} % of {looked} samples below the frost line were read; {kept}{trouble}"

@@ -34,6 +34,7 @@ class Side:
         store: Store | None = None,
         options: CacheOptions | None = None,
         visits: Callable[[], float] = lambda: math.inf,
+        sized: bool = True,
     ) -> None:
         self.architecture = architecture
         self.model = architecture.build()
@@ -52,6 +53,7 @@ class Side:
                 limit=lambda code, message: self.limits.append(f"{code}: {message}"),
                 store=store,
                 visits=visits,
+                sized=sized,
             )
 
     def freeze(self, depth: int) -> None:

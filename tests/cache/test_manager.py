@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import resource
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +47,14 @@ def pair(architecture: Architecture = BERT, depth: int = 2, **how: Any) -> tuple
 
 def both(cached: Side, plain: Side, batches: list[list[int]], start: int = 0) -> None:
     assert train(cached, batches, start) == pytest.approx(train(plain, batches, start), rel=1e-5)
+
+
+def hooks(side: Side) -> list[int]:
+    """How many hooks and methods of its own each module has."""
+    own = ("forward", "train")
+    return [
+        len(m._forward_pre_hooks) + len(m._forward_hooks) + sum(n in vars(m) for n in own) for m in side.model.modules()
+    ]
 
 
 def test_a_thaw_forgets_deeper_records_and_uses_the_others() -> None:
@@ -400,6 +410,52 @@ def test_kept_records_serve_a_later_run_of_the_same_weights(same: bool, tmp_path
     second.cache.close()
 
 
+@pytest.mark.parametrize("mode", ["memory", "disk", "auto"])
+def test_no_room_for_a_single_record_is_said(mode: str, tmp_path: Path) -> None:
+    cached, plain = pair(options=CacheOptions(mode=mode, memory=0, disk=0, folder=tmp_path))
+    both(cached, plain, EPOCH * 3)
+    assert "cache-no-room: caching stopped: the budgets have no room for a single record" in cached.limits
+    assert not list(tmp_path.iterdir())
+    assert hooks(cached) == hooks(plain)
+
+
+def test_a_disk_that_is_full_is_said_and_what_is_there_is_used(tmp_path: Path) -> None:
+    cached, plain = pair(options=on_disk(tmp_path))
+    both(cached, plain, EPOCH[:2])
+    flush(cached)
+    (data,) = tmp_path.glob("*/slots.bin")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (data.stat().st_size + 100, hard))
+        both(cached, plain, EPOCH[2:], 2)
+        flush(cached)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    both(cached, plain, EPOCH, 3)
+    (limit,) = set(cached.limits)
+    assert limit.startswith("cache-disk: no more boundary activations are written to disk: ")
+    assert "File too large" in limit
+    assert cached.counts()["hits"] == 2 * ROWS
+    assert cached.cache is not None
+    assert cached.cache.summary()["lost"] > 0
+    cached.cache.close()
+
+
+def test_data_without_epochs_that_fill_the_memory_in_vain_end_it() -> None:
+    vit = BY_NAME["vit"]
+    options = CacheOptions(mode="auto", memory=3000)
+    cached, plain = Side(vit, cached=True, options=options, sized=False), Side(vit, cached=False)
+    for side in (cached, plain):
+        side.freeze(2)
+    for number, rows in enumerate(EPOCH * 3):
+        batch = Augmented.batch(vit, rows, number)
+        assert cached.step(batch, number)[0] == pytest.approx(plain.step(batch, number)[0], rel=1e-5)
+    (limit,) = cached.limits
+    assert limit.startswith("cache-no-hits: caching stopped: the data have no epochs")
+
+
 def test_kept_records_of_a_deeper_line_are_not_taken_over(tmp_path: Path) -> None:
     """Today their blocks have the weights they were made under; until the line comes down to them they train on."""
     first, _ = pair(options=on_disk(tmp_path, keep=True), depth=3)
@@ -507,13 +563,20 @@ def test_a_store_that_is_slower_than_computing_is_not_used() -> None:
     assert cached.counts()["hits"] == 8 * ROWS
     assert cached.cache is not None
     assert cached.cache.store.records == 0
-    # A resumed run takes the decision over.
-    again = Side(BERT, cached=True)
-    assert again.cache is not None
-    again.cache.load_state_dict(json.loads(json.dumps(cached.cache.state_dict())))
-    again.freeze(2)
-    train(again, EPOCH * 2)
-    assert again.counts()["misses"] == 0
+    # A resumed run takes the decision over, whether its state comes before or after it has frozen.
+    state = json.loads(json.dumps(cached.cache.state_dict()))
+    for first in (True, False):
+        again, alone = Side(BERT, cached=True), Side(BERT, cached=False)
+        assert again.cache is not None
+        alone.freeze(2)
+        if first:
+            again.cache.load_state_dict(state)
+        again.freeze(2)
+        if not first:
+            again.cache.load_state_dict(state)
+        both(again, alone, EPOCH * 2)
+        assert again.counts()["misses"] == 0
+        assert hooks(again) == hooks(alone)
     # A deeper line saves more: it is measured anew.
     for side in (cached, plain):
         side.freeze(3)

@@ -234,3 +234,37 @@ def test_ranks_cache_until_rank_0_says_otherwise(monkeypatch: pytest.MonkeyPatch
     both(cached, plain, EPOCH, 6)
     assert cached.counts()["hits"] == SAMPLES
     assert cached.cache.store.records == 0
+
+
+def test_a_rank_prices_the_disk_once_and_waits(monkeypatch: pytest.MonkeyPatch, price: Any, tmp_path: Path) -> None:
+    ranks = Ranks(monkeypatch)
+    first, other = ranks.plans()
+    asked = price(lambda *_: PAYS)
+    cached, plain = pair(options=CacheOptions(mode="auto", memory=5 * 8 * 32 * 4, folder=tmp_path))
+    assert cached.cache is not None
+    cached.cache._plans = other
+    assert first.propose(2, Plan(keep=True))
+    ranks.rank = 1
+    for _ in range(16):
+        cached.cache.agree()
+    both(cached, plain, EPOCH * 4)
+    assert asked == [2]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_cannot_hear_rank_0_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(monkeypatch)
+    ranks.rank = 1
+
+    def gone() -> Any:
+        raise ConnectionError("rank 0 has left")
+
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", gone)
+    cached, plain = pair()
+    assert cached.cache is not None
+    both(cached, plain, EPOCH * 2)
+    for _ in range(40):
+        cached.cache.agree()
+    assert cached.limits == ["cache-ranks: rank 0's measurements cannot be heard: ConnectionError: rank 0 has left"]
+    both(cached, plain, EPOCH, 6)
+    assert cached.counts()["hits"] == 2 * SAMPLES

@@ -7,11 +7,15 @@ that the skipped blocks did not run.
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from frostline.cache import CacheOptions
+from frostline.cache.disk import DiskStore
+from frostline.cache.tiers import Tiers
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.cache.sides import ROWS, SAMPLES, Side, batch_of, calls
 from tests.laws.test_law1_checkpointing import CHECKPOINTED, checkpoint
@@ -62,6 +66,33 @@ def test_teacher_forced(architecture: Architecture, depth: int) -> None:
 
 
 @every_architecture
+def test_from_disk_read_ahead(architecture: Architecture, tmp_path: Path) -> None:
+    """Written at depth 1, upgraded to 2 and read, each batch announced before it comes."""
+    options = CacheOptions(mode="disk", memory=0, folder=tmp_path)
+    cached, plain = Side(architecture, cached=True, options=options), Side(architecture, cached=False)
+    assert cached.cache is not None
+    for number, rows in enumerate(epochs(1, 3)):
+        for side in (cached, plain):
+            side.freeze(1 if number < SAMPLES // ROWS else 2)
+        batch = batch_of(architecture, rows)
+        cached.cache.expect(batch)
+        loss, gradients = cached.step(batch, number)
+        expected, reference = plain.step(batch, number)
+        assert not cached.limits
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert_close(gradients, reference)
+        plain.optimizer.step()
+        cached.follow(plain)
+        assert isinstance(cached.cache.store, Tiers)
+        disk = cached.cache.store.tiers[1]
+        assert isinstance(disk, DiskStore)
+        disk.flush()
+    counts = cached.counts()
+    assert (counts["misses"], counts["upgrades"], counts["hits"]) == (SAMPLES, SAMPLES, SAMPLES)
+    cached.cache.close()
+
+
+@every_architecture
 def test_mixed_depths_in_one_batch(architecture: Architecture) -> None:
     """Rows with records at depths 1, 2 and 3 and rows without any, in the same batch."""
     cached, plain = Side(architecture, cached=True), Side(architecture, cached=False)
@@ -86,19 +117,19 @@ def test_mixed_depths_in_one_batch(architecture: Architecture) -> None:
 
 @every_architecture
 def test_free_running(architecture: Architecture) -> None:
-    """On their own, losses stay within 1e-5 for 39 steps that see every sample often, while the line moves."""
+    """On their own, losses stay within 1e-5 for 102 steps that see every sample often, while the line moves."""
     losses = []
     for is_cached in (True, False):
         side = Side(architecture, cached=is_cached)
         history = []
-        for number, rows in enumerate(epochs(2, 13)):
-            side.freeze(min(3, number // 8))
+        for number, rows in enumerate(epochs(2, 34)):
+            side.freeze(min(3, number // 20))
             history.append(side.step(batch_of(architecture, rows), number)[0])
             nn.utils.clip_grad_norm_(side.model.parameters(), 1.0)
             side.optimizer.step()
         if is_cached:
             assert not side.limits
-            assert side.counts()["hits"] > 60
+            assert side.counts()["hits"] > 200
             assert side.counts()["upgrades"] > 0
         losses.append(history)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from frostline.errors import FrostlineError
+from frostline.events import EventLog
 from frostline.report import load_run, write_report
 from frostline.report.plots import decision_cells
 from tests.report.sample import LIMIT, RECIPE, write_run
@@ -143,6 +144,30 @@ def test_comparison_limits_and_environment(page: Page) -> None:
     assert environment["torch"] == "2.13.0"
     limits = page.text[page.text.index("Limits") :]
     assert LIMIT in limits
+
+
+def test_what_the_cache_did_and_what_it_cost(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    counts = {"hits": 60, "upgrades": 20, "misses": 20, "written": 40, "full": 1, "dropped": 2, "stale": 3, "torn": 0}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary["cache"] = {**counts, "lost": 0, "records": 20, "bytes": 3 << 20, "stopped": None}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    check = {"action": "check", "depth": 2, "noise": 0.0, "difference": 1e-7, "refusal": None}
+    price = {"action": "price", "depth": 2, "visits": 3, "computing": 0.002, "writing": 1e-4, "nbytes": 2048.0}
+    log = EventLog(tmp_path / "events.jsonl")
+    for numbers in (
+        {**check, "codec": "int8", "error": 0.004, "error_output": 0.01},
+        {**price, "tier": "memory", "reading": 0.001, "keep": True, "disk": None, "proved": False},
+        {**price, "tier": "disk", "reading": float("inf"), "keep": True, "disk": False, "proved": False},
+    ):
+        log.append("cache", step=3, samples=48, **numbers)
+    page = Page(write_report(tmp_path))
+    assert "80% of the 100 samples that met the frost line had a record" in page.text
+    (table,) = [rows for caption, rows in page.tables.items() if caption.startswith("Checks before the first hit")]
+    assert table[1][-1] == "used in int8, which costs 0.004"
+    (table,) = [rows for caption, rows in page.tables.items() if caption.startswith("What a record costs")]
+    assert table[1] == ["48", "2", "memory", "2", "0.1", "1", "2", "used"]
+    assert table[2][5:] == ["inf", "2", "does not pay: not used"]
 
 
 def test_the_page_stands_alone_and_every_plot_has_words(page: Page) -> None:

@@ -1,8 +1,8 @@
 """``attach``: one line for a Hugging Face Trainer that exists already.
 
 A callback alone cannot do it: ``on_pre_optimizer_step`` comes after clipping, ``on_save`` after old checkpoints
-are rotated away, and no event comes between building the optimizer and loading its state. So seven methods of
-this Trainer (not of its class) are wrapped, and :meth:`Frost.detach` puts them back.
+are rotated away, and no event comes between building the optimizer and loading its state. So six methods of
+this Trainer (not of its class) and one of its accelerator are wrapped, and :meth:`Frost.detach` puts them back.
 
 The Trainer itself does not continue exactly where it was killed (measured with transformers 5.23); mended here:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Cost", "Price", "seconds_of"]
+from frostline.cache.disk import DiskStore
+from frostline.cache.store import HostStore, Record
+
+__all__ = ["Cost", "Price", "price_of", "seconds_of"]
 
 # Whole batches that are timed for each side; on a GPU each of them waits for the device.
 _BATCHES = 8
@@ -85,6 +89,24 @@ def seconds_of(job: Callable[[], Any], before: Callable[[], Any] = lambda: None)
         job()
         found.append(_now() - started)
     return min(found)
+
+
+def price_of(
+    rows: int,
+    store: HostStore | DiskStore,
+    *,
+    compute: Callable[[], Any],
+    write: Callable[[], Any],
+    find: Callable[[], list[Record | None]],
+    join: Callable[[list[Record | None]], Any],
+) -> Price:
+    """Time computing, writing and reading of a batch of ``rows``; from disk with nothing of it in the page cache."""
+    computing, writing = seconds_of(compute) / rows, seconds_of(write) / rows
+    store.cool()
+    if None in find():  # no room for a single batch
+        return Price(computing, writing, math.inf, 0.0)
+    reading = seconds_of(lambda: join(find()), store.cool) / rows
+    return Price(computing, writing, reading, store.nbytes / rows)
 
 
 def _now() -> float:

@@ -78,9 +78,14 @@ class DiskStore:
         self._coming: dict[bytes, tuple[Entry, Future[dict[bytes, Record]]]] = {}
         self._announced: OrderedDict[Future[dict[bytes, Record]], int] = OrderedDict()  # bytes not asked for yet
         self._queue: queue.Queue[tuple[bytes, int, Tensor] | None] = queue.Queue()
-        self._full = False
+        self.failure: str | None = None
         self.torn = self.lost = 0
-        self._open()
+        try:
+            self._open()
+        except BaseException:
+            os.close(self._file)
+            os.close(self._places)
+            raise
         self._writer = threading.Thread(target=self._write_on, name="frostline-write", daemon=True)
         self._writer.start()
 
@@ -139,7 +144,7 @@ class DiskStore:
         return key in self._entries
 
     def put(self, key: bytes, depth: int, value: Tensor) -> bool:
-        if self._full or value.dtype not in DTYPES or value.dim() > 4:
+        if self.failure is not None or value.dtype not in DTYPES or value.dim() > 4 or not value.nbytes:
             return False
         with self._lock:
             if self._waiting and self._waiting + value.nbytes > self.queued:
@@ -187,15 +192,15 @@ class DiskStore:
         self._ahead.shutdown()
         self._readers.shutdown()
         self._coming.clear()
-        os.close(self._file)
-        fcntl.flock(self._places, fcntl.LOCK_UN)  # a forked worker of a loader may hold a copy of the handle
-        os.close(self._places)
         if not self._keep:
             for name in ("slots.bin", "slots.idx", "manifest.json"):
                 with suppress(OSError):
                     (self.folder / name).unlink()
             with suppress(OSError):  # not empty: somebody else's files
                 self.folder.rmdir()
+        os.close(self._file)
+        fcntl.flock(self._places, fcntl.LOCK_UN)  # a forked worker of a loader may hold a copy of the handle
+        os.close(self._places)
 
     # -- writing ---------------------------------------------------------------------------------------------
 
@@ -205,9 +210,9 @@ class DiskStore:
                 self._write(*item)
             except Exception as error:
                 # A full disk, or weights that cannot be hashed, costs further records, never the run.
-                self._full = True
+                self.failure = f"{self.folder}: {error}"
                 self.lost += 1
-                logger.warning("no more boundary activations are written to %s: %s", self.folder, error)
+                logger.debug("writing failed", exc_info=True)
             finally:
                 with self._lock:
                     self._waiting -= item[2].nbytes

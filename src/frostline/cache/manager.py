@@ -22,9 +22,10 @@ from frostline.blocks import BlockStack
 from frostline.cache import gates
 from frostline.cache.ahead import Lookout
 from frostline.cache.codecs import CODECS
-from frostline.cache.cost import Cost, Price, seconds_of
+from frostline.cache.cost import Cost, Price, price_of
 from frostline.cache.disk import DiskStore
 from frostline.cache.form import Form
+from frostline.cache.hooks import Hooks
 from frostline.cache.identity import Rows, identify, is_packed, precision_of
 from frostline.cache.options import CacheOptions
 from frostline.cache.passes import Passes, rows_of, slice_rows
@@ -32,7 +33,6 @@ from frostline.cache.plans import Plan, Plans
 from frostline.cache.prefix import PrefixDigest, PrefixWatch
 from frostline.cache.store import HostStore, Record, Store
 from frostline.cache.tiers import Tiers, open_disk, open_host
-from frostline.errors import ModelError
 from frostline.trace import Call
 
 __all__ = ["CacheManager"]
@@ -50,6 +50,7 @@ class CacheManager:
         samples: how many have been trained on, in the unit of ``samples_per_epoch``. Default: rows that came by.
         report: takes an action and its numbers (``cache`` events of the log).
         limit: takes a code and a message: what cannot be cached, and why (law 8).
+        sized: whether ``samples_per_epoch`` is an epoch (a stream has none).
         visits: how many more times a sample that comes by now will come by.
         compiled: what ``torch.compile`` made of the model. It is the one hooked then, outside of the graph; passes
             beside the training pass run the model as it was.
@@ -65,6 +66,7 @@ class CacheManager:
         report: Callable[..., None],
         limit: Callable[[str, str], None],
         samples: Callable[[], float] | None = None,
+        sized: bool = True,
         visits: Callable[[], float] = lambda: math.inf,
         compiled: nn.Module | None = None,
         store: Store | None = None,
@@ -80,15 +82,14 @@ class CacheManager:
         self.stopped: str | None = None
         self._samples_per_epoch, self._report, self._limit = samples_per_epoch, report, limit
         self._rows = 0
+        self._sized = sized
         self._samples = samples if samples is not None else lambda: self._rows
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks = Hooks(self._serve, self.stop)
         self._passes: Passes | None = None
-        self._inside: nn.Module | None = None
         self._checked = False
         self._padding_safe: bool | None = None  # None: no batch with padding has been seen
         self._padding_depth = 0
         self._dtypes: list[torch.dtype] = []  # of the hidden state at each depth down to the line
-        self._busy = False
         self._unknown_since: float | None = None  # the first of the samples in a row that nothing was known of
 
     # -- what the engine calls -------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ class CacheManager:
         if stack is not self.stack:
             self.stack, self._passes = stack, None
             self._digest.forget(stack)
-        self._uninstall()
+        self._hooks.uninstall()
         self.depth, self._checked = depth, False
         self._cost.moved()
         self._watch.moved(stack, depth)
@@ -115,12 +116,19 @@ class CacheManager:
 
     def agree(self) -> None:
         """After every optimizer step, on every rank: do what rank 0's clock says."""
-        if self._plans.agree():
+        try:
+            heard = self._plans.agree()
+        except Exception as error:  # rank 0, which holds what the ranks say to each other, may be gone already
+            logger.debug("cannot hear rank 0", exc_info=True)
+            self._limit("cache-ranks", f"rank 0's measurements cannot be heard: {type(error).__name__}: {error}")
+            self._plans.deaf = True
+            return
+        if heard:
             self._follow_plan()
 
     def expect(self, batch: Any) -> None:
         """A batch that will come soon, as the loader yields it: what is slow to read is read meanwhile."""
-        if self._passes is None or not self._handles or not self.store.reads_ahead or self._lookout.lost:
+        if self._passes is None or not self._hooks.installed or not self.store.reads_ahead or self._lookout.lost:
             return
         main = getattr(self._passes.module, "main_input_name", None)
         try:
@@ -136,13 +144,13 @@ class CacheManager:
 
     def _end(self, reason: str) -> None:
         self.stopped = reason
-        self._uninstall()
+        self._hooks.uninstall()
         self.store.close()
         self.store = HostStore(0)
 
     def close(self) -> None:
         """Take every hook away, and keep only the records that the options say."""
-        self._uninstall()
+        self._hooks.uninstall()
         self.store.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,6 +162,7 @@ class CacheManager:
         self._plans.load_state_dict(state.get("plans", {}))
         if state["stopped"] is not None and self.stopped is None:
             self._end(state["stopped"])
+        self._follow_plan()
 
     def summary(self) -> dict[str, Any]:
         """Counts in samples: ``hits`` (read at the line), ``upgrades`` (read below it), ``misses``, ``written``..."""
@@ -175,7 +184,7 @@ class CacheManager:
     def _open_disk(self) -> DiskStore | None:
         try:
             disk = open_disk(self._options, self.stack, self._digest)
-        except OSError as error:
+        except Exception as error:  # a folder that cannot be made, weights that cannot be hashed
             self._limit("cache-disk", f"no boundary activations on disk, only in memory: {error}")
             return None
         # Below a deeper line weights still train: that they are those of a kept record today says nothing of tomorrow.
@@ -183,57 +192,10 @@ class CacheManager:
         self._digest.forget(self.stack)
         return disk
 
-    # -- hooks -----------------------------------------------------------------------------------------------
-
-    def _install(self) -> None:
-        # First of all hooks: the freezer's put the model in eval mode, and what runs here must find it in train mode.
-        for ancestor in self.stack.ancestors() if self._compiled is None else [self._compiled]:
-            self._handles.append(ancestor.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
-            self._handles.append(ancestor.register_forward_hook(self._leave, always_call=True))
-
-    def _uninstall(self) -> None:
-        self._leave(self._inside)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._inside is module:
-            self._leave(module)  # an interrupt (Ctrl-C) cut the last pass off before its end
-        run = self.stack.model if module is self._compiled else module
-        if self._busy or self._inside is not None or not run.training or not torch.is_grad_enabled():
-            return
-        self._busy = True
-        call: Call = (args, kwargs)
-        try:
-            hidden = self._serve(run, call)
-            if hidden is not None and self._passes is not None:
-                self._passes.begin(call, self.depth, hidden)
-                self._inside = module
-        except ModelError as error:
-            self._give_up("model", str(error))
-        except Exception as error:
-            # Whatever goes wrong here must not cost the run: the uncached pass is always right.
-            logger.debug("caching failed", exc_info=True)
-            self._give_up("error", f"{type(error).__name__}: {error}")
-        finally:
-            self._busy = False
-
-    def _give_up(self, code: str, reason: str) -> None:
-        if self._passes is not None:
-            self._passes.end()
-        self.stop(code, reason)
-
-    def _leave(self, module: nn.Module | None, *_: Any) -> None:
-        if self._inside is not None and self._inside is module:
-            assert self._passes is not None
-            self._passes.end()
-            self._inside = None
-
     # -- a batch ---------------------------------------------------------------------------------------------
 
-    def _serve(self, module: nn.Module, call: Call) -> Tensor | None:
-        """The boundary activation ``[rows, ...]`` of a batch, or ``None`` where it has to run as it is."""
+    def _serve(self, module: nn.Module, call: Call) -> tuple[Passes, int, Tensor] | None:
+        """Where a batch may start, and with what; ``None`` where it has to run as it is."""
         rows = rows_of(call, getattr(module, "main_input_name", None))
         if gates.wants_inner_states(module, call):
             self._limit(
@@ -250,6 +212,8 @@ class CacheManager:
         if not self._opened:  # not before: a host may load other weights after it has frozen the first blocks
             self.store, self._opened = self._open(), True
             self._follow_plan()
+            if not self._hooks.installed:
+                return None
         self._forget_stale()
         precision = precision_of(call)
         named = identify(call, rows, padding_safe=bool(self._padding_safe), precision=precision)
@@ -278,14 +242,29 @@ class CacheManager:
                     f"not cached at depth {self.depth}: reading a sample takes {each[0]}, computing it again {each[1]}",
                 )
             self._settle(Plan(pays, plan.disk if plan is not None else None, proved=True))
-            if not self._handles:
+            if not self._hooks.installed:
                 return None
+        self._look_for_trouble()
+        return self._passes, self.depth, hidden
+
+    def _look_for_trouble(self) -> None:
         unknown = self._samples() - self._unknown_since if self._unknown_since is not None else 0
+        read = self.counts["hits"] + self.counts["upgrades"]
+        if self.store.failure is not None:
+            self._limit("cache-disk", f"no more boundary activations are written to disk: {self.store.failure}")
         if unknown > self._samples_per_epoch and self.store.records:
             self.stop("no-hits", "for a whole epoch no sample came by a second time with the same input (augmentation "
                       "or masking makes each one new)")  # fmt: skip
-            return None
-        return hidden
+        elif self.counts["full"] and not read and not self._sized:
+            self.stop("no-hits", "the data have no epochs, and no sample has come by a second time before there was no "
+                      "more room")  # fmt: skip
+        elif (self.counts["full"] or self.store.lost) and not self.store.records and not self._may_get_disk():
+            self.stop("no-room", "the budgets have no room for a single record")
+
+    def _may_get_disk(self) -> bool:
+        plan = self._plans.of(self.depth)
+        open_question = plan is None or plan.disk is None
+        return self._options.mode == "auto" and open_question and isinstance(self.store, HostStore)
 
     def _assemble(self, passes: Passes, call: Call, named: Rows) -> Tensor:
         """Group the rows by the depth of their record, bring each group to the line, and join them."""
@@ -336,9 +315,9 @@ class CacheManager:
             # Records of a shallower line pay once more even if their upgrades are not kept.
             visits = self._visits() + bool(self.store.records)
             self._tell(price, visits, "memory", Plan(keep=price.pays(visits)))
-        elif plan is not None and plan.disk is None and self.counts["full"] and isinstance(self.store, HostStore):
+        elif plan is not None and self.counts["full"] and self._may_get_disk() and not self._plans.awaits(self.depth):
             self._price_disk(passes, call, named, plan)
-        return bool(self._handles)
+        return self._hooks.installed
 
     def _price_disk(self, passes: Passes, call: Call, named: Rows, plan: Plan) -> None:
         if (disk := self._open_disk()) is None:
@@ -352,16 +331,16 @@ class CacheManager:
         self._tell(price, self._visits(), "disk", plan._replace(disk=price.pays(self._visits())))
 
     def _price(self, passes: Passes, call: Call, named: Rows, store: HostStore | DiskStore) -> Price:
-        """Time computing, writing and reading of one batch; from disk with nothing of it in the page cache."""
         rows = list(range(len(named.keys)))
         line = passes.prefill(call, self.depth)
-        computing = seconds_of(lambda: passes.prefill(call, self.depth)) / len(rows)
-        writing = seconds_of(lambda: self._form.keep(store, line, rows, named, self.depth)) / len(rows)
-        store.cool()
-        if None in store.get_many(named.keys):  # no room for a single batch
-            return Price(computing, writing, math.inf, 0.0)
-        reading = seconds_of(lambda: self._join(store.get_many(named.keys), rows, named, self.depth), store.cool)
-        return Price(computing, writing, reading / len(rows), store.nbytes / len(rows))
+        return price_of(
+            len(rows),
+            store,
+            compute=lambda: passes.prefill(call, self.depth),
+            write=lambda: self._form.keep(store, line, rows, named, self.depth),
+            find=lambda: store.get_many(named.keys),
+            join=lambda records: self._join(records, rows, named, self.depth),
+        )
 
     def _tell(self, price: Price, visits: float, tier: str, plan: Plan) -> None:
         self._report("price", depth=self.depth, tier=tier, visits=visits, **price._asdict(), **plan._asdict())
@@ -381,10 +360,11 @@ class CacheManager:
             disk = self._open_disk()
             self.store = self.store if disk is None else Tiers(self.store, disk)
             self._checked = False  # it may bring records of other depths
-        if wanted and not self._handles:
-            self._install()
+        if wanted and not self._hooks.installed:
+            around = self.stack.ancestors() if self._compiled is None else [self._compiled]
+            self._hooks.install(around, self.stack.model if self._compiled is not None else None)
         elif not wanted:
-            self._uninstall()
+            self._hooks.uninstall()
 
     # -- gates -----------------------------------------------------------------------------------------------
 

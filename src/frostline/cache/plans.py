@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 __all__ = ["Plan", "Plans"]
 
@@ -42,6 +41,7 @@ class Plans:
         self._awaited: set[int] = set()
         self._steps = self._said = 0
         self._run = next(_runs)
+        self.deaf = False  # rank 0 cannot be heard
 
     def of(self, depth: int) -> Plan | None:
         """What holds at a depth; ``None`` before anything has been measured there."""
@@ -57,7 +57,7 @@ class Plans:
             if dist.get_rank() != 0:
                 self._awaited.add(depth)
                 return False
-            distributed_c10d._get_default_store().set(self._key(), json.dumps([depth, *plan]))
+            _store().set(self._key(), json.dumps([depth, *plan]))
             self._said += 1
         self._settled[depth] = plan
         return True
@@ -65,9 +65,9 @@ class Plans:
     def agree(self) -> bool:
         """After every optimizer step: take over what rank 0 has said. ``True`` where that was anything."""
         self._steps += 1
-        if self._steps % _STEPS or _ranks() == 1 or dist.get_rank() == 0:
+        if self._steps % _STEPS or self.deaf or _ranks() == 1 or dist.get_rank() == 0:
             return False
-        store, heard = distributed_c10d._get_default_store(), False
+        store, heard = _store(), False
         while store.check([self._key()]):
             depth, *plan = json.loads(store.get(self._key()))
             self._settled[depth] = Plan(*plan)
@@ -91,6 +91,13 @@ class Plans:
 
     def _key(self) -> str:
         return f"frostline/plans/{self._run}/{self._said}"
+
+
+def _store() -> Any:
+    # Not at the top: a torch without distributed lacks it.
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
 
 
 def _ranks() -> int:

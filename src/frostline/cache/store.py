@@ -30,12 +30,16 @@ class Record(NamedTuple):
 class Store(Protocol):
     """Keeps records within a budget. A record is whole or not there.
 
-    ``torn`` counts records that were found damaged, ``lost`` those that were taken and then not kept. ``reads_ahead``:
-    reading takes long enough that it is worth saying what will be asked for.
+    ``torn`` counts records that were found damaged, ``lost`` those that were taken and then not kept. ``failure``:
+    why nothing more is taken, if something broke. ``reads_ahead``: reading takes long enough that it is worth saying
+    what will be asked for.
     """
 
     @property
     def reads_ahead(self) -> bool: ...
+
+    @property
+    def failure(self) -> str | None: ...
 
     @property
     def torn(self) -> int: ...
@@ -91,6 +95,7 @@ class HostStore:
         self._used = self._reserved = self._kept = 0
 
     torn = lost = 0  # memory neither tears nor refuses later what it has taken
+    failure = None
     reads_ahead = False
 
     @property

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from frostline.blocks import BlockStack
@@ -55,6 +56,10 @@ class Tiers:
     @property
     def lost(self) -> int:
         return sum(tier.lost for tier in self.tiers)
+
+    @property
+    def failure(self) -> str | None:
+        return next((tier.failure for tier in self.tiers if tier.failure is not None), None)
 
     def holds(self, key: bytes) -> bool:
         return any(tier.holds(key) for tier in self.tiers)
@@ -125,11 +130,19 @@ def open_disk(options: CacheOptions, stack: BlockStack, prefix: Callable[[int], 
         folder = root / (key if number == 1 else f"{key}-{number}")
         with suppress(BlockingIOError):
             store = DiskStore(folder, budget, prefix=prefix, keep=options.keep)
-            manifest = {"key": key, "opened": time.strftime("%Y-%m-%d %H:%M:%S"), "process": os.getpid(), **about}
-            (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-            os.chmod(folder / "manifest.json", 0o600)
+            try:
+                _describe(folder / "manifest.json", key, about)
+            except BaseException:
+                store.close()
+                raise
             return store
     raise OSError(f"{_MOST_RUNS} runs use {root / key} at the same time")
+
+
+def _describe(manifest: Path, key: str, about: dict[str, Any]) -> None:
+    said = {"key": key, "opened": time.strftime("%Y-%m-%d %H:%M:%S"), "process": os.getpid(), **about}
+    manifest.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    manifest.chmod(0o600)
 
 
 def _about(stack: BlockStack, codec: str) -> dict[str, Any]:
@@ -149,7 +162,8 @@ def _about(stack: BlockStack, codec: str) -> dict[str, Any]:
 
 def _neighbours() -> int:
     """Processes of this run on this machine, that share what is free."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    told = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun; other launchers say nothing of machines: then all are here
+    return max(1, int(told)) if told else dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _free_memory() -> int:

@@ -15,7 +15,7 @@ _Root = Annotated[Path | None, typer.Option("--folder", help="Where they are (de
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(
-        help="Boundary activations on disk (`cache.mode=disk`): list, verify, remove.",
+        help="Boundary activations on disk (`cache.mode` disk or auto): list, verify, remove.",
         epilog="Records go when their run ends, unless `cache.keep=true` says otherwise or the run was killed.",
         no_args_is_help=True,
     )

@@ -204,6 +204,8 @@ _COUNTS = {
     "full": "records that found no room",
     "dropped": "records dropped by a thaw",
     "stale": "records dropped because a weight changed",
+    "torn": "records found damaged",
+    "lost": "records that could not be written after all",
     "records": "records at the end",
 }
 
@@ -217,6 +219,8 @@ def _cache(run: Run) -> Iterable[Section]:
         looked = sum(counts[name] for name in ("hits", "upgrades", "misses"))
         share = (counts["hits"] + counts["upgrades"]) / max(1, looked)
         text = f"{share:.0%} of the {looked:,} samples that met the frost line had a record and skipped frozen blocks."
+        if counts["stopped"]:
+            text += f" Caching stopped: {counts['stopped']}."
         rows = [(label, f"{counts[name]:,}") for name, label in _COUNTS.items()]
         tables.append(
             Numbers("Samples", ("what", "count"), [*rows, ("MiB at the end", f"{counts['bytes'] / 2**20:.1f}")])
