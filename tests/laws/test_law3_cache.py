@@ -38,6 +38,17 @@ def epochs(seed: int, count: int) -> list[list[int]]:
     return [rows[i : i + ROWS] for rows in order for i in range(0, SAMPLES, ROWS)]
 
 
+def assert_same_step(cached: Side, plain: Side, batch: dict[str, Tensor], number: int) -> None:
+    """Both sides compute the same; then the cached one takes over what the other has learned."""
+    loss, gradients = cached.step(batch, number)
+    expected, reference = plain.step(batch, number)
+    assert not cached.limits
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert_close(gradients, reference)
+    plain.optimizer.step()
+    cached.follow(plain)
+
+
 @every_architecture
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_teacher_forced(architecture: Architecture, depth: int) -> None:
@@ -76,13 +87,7 @@ def test_from_disk_read_ahead(architecture: Architecture, tmp_path: Path) -> Non
             side.freeze(1 if number < SAMPLES // ROWS else 2)
         batch = batch_of(architecture, rows)
         cached.cache.expect(batch)
-        loss, gradients = cached.step(batch, number)
-        expected, reference = plain.step(batch, number)
-        assert not cached.limits
-        assert loss == pytest.approx(expected, rel=1e-5)
-        assert_close(gradients, reference)
-        plain.optimizer.step()
-        cached.follow(plain)
+        assert_same_step(cached, plain, batch, number)
         assert isinstance(cached.cache.store, Tiers)
         disk = cached.cache.store.tiers[1]
         assert isinstance(disk, DiskStore)
@@ -102,13 +107,7 @@ def test_mixed_depths_in_one_batch(architecture: Architecture) -> None:
         for side in (cached, plain):
             side.freeze(depth)
         batch = batch_of(architecture, rows)
-        loss, gradients = cached.step(batch, step)
-        expected, reference = plain.step(batch, step)
-        assert not cached.limits
-        assert loss == pytest.approx(expected, rel=1e-5)
-        assert_close(gradients, reference)
-        plain.optimizer.step()
-        cached.follow(plain)
+        assert_same_step(cached, plain, batch, step)
     counts = cached.counts()
     # Misses: 0-3, 4-5, 6-7, 8. Upgrades: 2, 3 to 2; 3, 4 to 3; 0 (from 1) and 5 (from 2) to 3. Hits: 3; then all.
     assert (counts["misses"], counts["upgrades"], counts["hits"]) == (9, 6, 5)

@@ -256,18 +256,19 @@ class DiskStore:
         values, headers = buffer.numpy().data, memoryview(bytearray(HEADER_BYTES * len(entries)))
         sound = [False] * len(entries)
 
-        def check(place: int) -> bool:
-            start, entry = starts[place], entries[place]
+        def parts(place: int) -> tuple[memoryview, memoryview]:
+            start = starts[place]
             header = headers[HEADER_BYTES * place : HEADER_BYTES * (place + 1)]
-            return entry.is_in(header, values[start : start + entry.nbytes])
+            return header, values[start : start + entries[place].nbytes]
+
+        def check(place: int) -> bool:
+            return entries[place].is_in(*parts(place))
 
         def read(hand: int) -> None:
             for place in range(hand, len(entries), self._threads):
-                start, entry = starts[place], entries[place]
-                header = headers[HEADER_BYTES * place : HEADER_BYTES * (place + 1)]
-                into = [header, values[start : start + entry.nbytes]]
+                entry = entries[place]
                 with suppress(OSError):
-                    whole = os.preadv(self._file, into, entry.slot.offset) == HEADER_BYTES + entry.nbytes
+                    whole = os.preadv(self._file, parts(place), entry.slot.offset) == HEADER_BYTES + entry.nbytes
                     sound[place] = whole and (entry.nbytes < _SMALL or check(place))
 
         list(self._readers.map(read, range(min(self._threads, len(entries)))))

@@ -231,19 +231,9 @@ class CacheManager:
         if not self._checked and not self._check(self._passes, call, named):  # a disk has joined, with older records
             return None
         hidden = self._assemble(self._passes, call, named)
-        plan = self._plans.of(self.depth)
-        if (cost := self._cost.numbers()) is not None and not (plan is not None and plan.proved):
-            self._report("cost", depth=self.depth, **cost)
-            pays = cost["reading"] <= cost["computing"]
-            if not pays:
-                each = [f"{1e3 * cost[name]:.2g} ms" for name in ("reading", "computing")]
-                self._limit(
-                    "cache-slow",
-                    f"not cached at depth {self.depth}: reading a sample takes {each[0]}, computing it again {each[1]}",
-                )
-            self._settle(Plan(pays, plan.disk if plan is not None else None, proved=True))
-            if not self._hooks.installed:
-                return None
+        self._prove()
+        if not self._hooks.installed:
+            return None
         self._look_for_trouble()
         return self._passes, self.depth, hidden
 
@@ -345,6 +335,21 @@ class CacheManager:
     def _tell(self, price: Price, visits: float, tier: str, plan: Plan) -> None:
         self._report("price", depth=self.depth, tier=tier, visits=visits, **price._asdict(), **plan._asdict())
         self._settle(plan)
+
+    def _prove(self) -> None:
+        """Once the first batches have been read at a depth: is that faster than computing them? (every mode)"""
+        plan, cost = self._plans.of(self.depth), self._cost.numbers()
+        if cost is None or (plan is not None and plan.proved):
+            return
+        self._report("cost", depth=self.depth, **cost)
+        pays = cost["reading"] <= cost["computing"]
+        if not pays:
+            each = [f"{1e3 * cost[name]:.2g} ms" for name in ("reading", "computing")]
+            self._limit(
+                "cache-slow",
+                f"not cached at depth {self.depth}: reading a sample takes {each[0]}, computing it again {each[1]}",
+            )
+        self._settle(Plan(pays, plan.disk if plan is not None else None, proved=True))
 
     def _settle(self, plan: Plan) -> None:
         if self._plans.propose(self.depth, plan):

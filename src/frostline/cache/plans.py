@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-__all__ = ["Plan", "Plans"]
+__all__ = ["Plan", "Plans", "ranks"]
 
 # Optimizer steps between two looks at what rank 0 has said.
 _STEPS = 16
@@ -53,7 +53,7 @@ class Plans:
 
     def propose(self, depth: int, plan: Plan) -> bool:
         """Say what this process has measured; ``True`` where it holds, because this is rank 0 or there is no other."""
-        if _ranks() > 1:
+        if ranks() > 1:
             if dist.get_rank() != 0:
                 self._awaited.add(depth)
                 return False
@@ -65,7 +65,7 @@ class Plans:
     def agree(self) -> bool:
         """After every optimizer step: take over what rank 0 has said. ``True`` where that was anything."""
         self._steps += 1
-        if self._steps % _STEPS or self.deaf or _ranks() == 1 or dist.get_rank() == 0:
+        if self._steps % _STEPS or self.deaf or ranks() == 1 or dist.get_rank() == 0:
             return False
         store, heard = _store(), False
         while store.check([self._key()]):
@@ -100,5 +100,6 @@ def _store() -> Any:
     return _get_default_store()
 
 
-def _ranks() -> int:
+def ranks() -> int:
+    """Processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from frostline.blocks import BlockStack
 from frostline.cache.disk import DiskStore
 from frostline.cache.options import CacheOptions
+from frostline.cache.plans import ranks
 from frostline.cache.store import HostStore, Record, Store
 from frostline.places import cache_dir
 
@@ -163,7 +163,7 @@ def _about(stack: BlockStack, codec: str) -> dict[str, Any]:
 def _neighbours() -> int:
     """Processes of this run on this machine, that share what is free."""
     told = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun; other launchers say nothing of machines: then all are here
-    return max(1, int(told)) if told else dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return max(1, int(told)) if told else ranks()
 
 
 def _free_memory() -> int:
