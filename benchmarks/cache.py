@@ -3,11 +3,14 @@
     frostline fetch minilm trec reuters8
     python benchmarks/cache.py minilm                # writes benchmarks/results/cache-minilm.json
     python benchmarks/cache.py minilm --tier disk    # writes benchmarks/results/cache-minilm-disk.json
+    python benchmarks/cache.py --base --device cuda --tier device   # and memory, disk: BERT-base's shape on a GPU
 
 At each depth k = 1..N-1 a whole optimizer step with ``Frostline(policy="static", depth=k)`` and a cache in which every
 sample has a record is timed in turn with the same step of the truncated model (blocks k..N-1 and head, which gets its
 hidden state from memory), and with the uncached step. Real texts, fp32, dropout, clipping, fused AdamW. Several batches
-take turns, so that neither side lives in the processor's caches. Target: at most 1.10 from host memory, 1.15 from disk.
+take turns, so that neither side lives in the processor's caches. Target: at most 1.10 from memory, 1.15 from disk.
+With --base, in place of MODEL: random weights of BERT-base's shape at depths 1, 3, 6, 9 and 11, random tokens (32 rows
+of at most 512), autocast to bfloat16.
 
 From disk: the page cache is dropped before each batch is fetched (``posix_fadvise``, inside the timed step), and the
 loop goes through ``frost.loader``, which reads one batch ahead.
@@ -34,17 +37,24 @@ from tqdm import tqdm
 if not __package__:  # run as a script: its siblings are found from the root of the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.batches import Batch, load_model, real_batch  # noqa: E402
+from benchmarks.batches import Batch, base_model, load_model, made_up_batch, real_batch  # noqa: E402
 from benchmarks.steps import adamw, update  # noqa: E402
 from benchmarks.timing import paired_ratio, seconds_per_call, spread  # noqa: E402
 from benchmarks.truncated import Prefix, Truncated  # noqa: E402
 from frostline import BlockStack, Frostline  # noqa: E402
 from frostline.cache.disk import DiskStore  # noqa: E402
-from frostline.cache.tiers import Tiers  # noqa: E402
+from frostline.cache.tiers import disk_of  # noqa: E402
 from frostline.events import environment  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-TARGETS = {"memory": 1.10, "disk": 1.15}
+TARGETS = {"device": 1.10, "memory": 1.10, "disk": 1.15}
+TIERS: dict[str, dict[str, Any]] = {
+    "device": {"mode": "memory", "device": "8GB", "memory": 0},
+    "memory": {"mode": "memory"},
+    "disk": {"mode": "disk", "memory": 0},
+}
+BASE = (32, 512)
+BASE_DEPTHS = (1, 3, 6, 9, 11)
 SHAPES = (("reuters8", 16, 64), ("trec", 16, 16))
 BATCHES = 6
 
@@ -56,13 +66,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--tier", choices=TARGETS, default="memory", help="where the records are (default memory)")
+    parser.add_argument("--base", action="store_true", help="random weights of BERT-base's shape, in bfloat16")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="results file (default benchmarks/results/cache-<model>.json)")
+    parser.add_argument("--out", type=Path, help="default benchmarks/results/cache-<model>[-<tier>].json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, tokenizer = load_model(options.model, options.seed, options.device)
+    if options.tier == "device" and options.device == "cpu":
+        parser.error("--tier device needs --device cuda")
     report: dict[str, Any] = {
-        "model": Path(options.model).name,
+        "model": "bert-base" if options.base else Path(options.model).name,
         "command": shlex.join(["python", "benchmarks/cache.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "seed": options.seed,
@@ -72,11 +84,19 @@ def main() -> None:
         "load": os.getloadavg()[0],
         "shapes": [],
     }
-    for data, rows, length in SHAPES:
-        batches = [real_batch(tokenizer, data, rows, length, options.seed + i, options.device) for i in range(BATCHES)]
+    seeds = range(options.seed, options.seed + BATCHES)
+    if options.base:
+        model = base_model(options.seed, options.device)
+        vocabulary = model.get_parameter("bert.embeddings.word_embeddings.weight").shape[0]
+        batches = [made_up_batch(vocabulary, *BASE, seed, options.device) for seed in seeds]
         report["shapes"].append(measure(model, batches, options))
-    disk = "-disk" if options.tier == "disk" else ""
-    out = options.out or RESULTS / f"cache-{report['model']}{disk}.json"
+    else:
+        model, tokenizer = load_model(options.model, options.seed, options.device)
+        for data, rows, length in SHAPES:
+            batches = [real_batch(tokenizer, data, rows, length, seed, options.device) for seed in seeds]
+            report["shapes"].append(measure(model, batches, options))
+    tier = "" if options.tier == "memory" else f"-{options.tier}"
+    out = options.out or RESULTS / f"cache-{report['model']}{tier}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for shape in report["shapes"]:
@@ -86,8 +106,8 @@ def main() -> None:
 
 def measure(model: nn.Module, batches: list[Batch], options: argparse.Namespace) -> dict[str, Any]:
     """Seconds a step at each depth: cached, truncated, uncached."""
-    depths = [_measure_depth(model, batches, depth, options)
-              for depth in tqdm(range(1, len(BlockStack.find(model))), desc=batches[0].data)]  # fmt: skip
+    measured = BASE_DEPTHS if options.base else range(1, len(BlockStack.find(model)))
+    depths = [_measure_depth(model, batches, depth, options) for depth in tqdm(measured, desc=batches[0].data)]
     return {"batch": batches[0].numbers(), "batches": len(batches), "rounds": options.rounds, "depths": depths}
 
 
@@ -96,7 +116,9 @@ def _measure_depth(model: nn.Module, batches: list[Batch], depth: int, options: 
     stack = BlockStack.find(model)
     truncated = Truncated(stack, depth, batches[0].inputs)
     prefix = Prefix(stack, depth)
-    hidden = [prefix.run(batch.inputs).clone() for batch in batches]
+    precision = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=options.base)
+    with precision:
+        hidden = [prefix.run(batch.inputs).clone() for batch in batches]
     optimizers = {name: adamw(p for p in model.parameters()) for name in ("cached", "uncached")}
     bound_optimizer = adamw(truncated.parameters)
 
@@ -107,15 +129,20 @@ def _measure_depth(model: nn.Module, batches: list[Batch], depth: int, options: 
             def step() -> None:
                 i = next(turn) % len(batches)
                 truncated.feed(hidden[i])
-                truncated.model(**batches[i].inputs).loss.backward()
+                with precision:
+                    loss = truncated.model(**batches[i].inputs).loss
+                loss.backward()
                 update(truncated.parameters, bound_optimizer)
         else:
             coming = iter(frost.loader(itertools.cycle([batch.inputs for batch in batches])))
 
             def step() -> None:
                 if (disk := _disk(frost)) is not None:
-                    os.posix_fadvise(disk._file, 0, 0, os.POSIX_FADV_DONTNEED)
-                model(**next(coming)).loss.backward()
+                    disk.uncache()
+                batch = next(coming)
+                with precision:
+                    loss = model(**batch).loss
+                loss.backward()
                 frost.before_step()
                 update(list(model.parameters()), optimizers[name])
                 frost.after_step()
@@ -129,10 +156,10 @@ def _measure_depth(model: nn.Module, batches: list[Batch], depth: int, options: 
         for name in order.sample(list(samples), len(samples)):
             frost = None
             if name != "truncated":
-                cache = {"mode": options.tier, **({"memory": 0} if options.tier == "disk" else {})}
                 frost = Frostline(
-                    model, optimizers[name], policy="static", depth=depth, cache=cache if name == "cached" else "off",
-                    steps_per_epoch=1000, epochs=2, batch_size=batches[0].rows,
+                    model, optimizers[name], policy="static", depth=depth,
+                    cache=TIERS[options.tier] if name == "cached" else "off", steps_per_epoch=1000, epochs=2,
+                    batch_size=batches[0].rows,
                 )  # fmt: skip
                 model.train()
             step = job(name, frost)
@@ -161,8 +188,7 @@ def _measure_depth(model: nn.Module, batches: list[Batch], depth: int, options: 
 
 
 def _disk(frost: Frostline | None) -> DiskStore | None:
-    store = frost.cache.store if frost is not None and frost.cache is not None else None
-    return next((t for t in store.tiers if isinstance(t, DiskStore)), None) if isinstance(store, Tiers) else None
+    return disk_of(frost.cache.store) if frost is not None and frost.cache is not None else None
 
 
 if __name__ == "__main__":

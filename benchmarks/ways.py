@@ -59,10 +59,10 @@ class Latching(CacheManager):
     def agree(self) -> None:
         """Called after each step: has an epoch begun?"""
         super().agree()
-        if self._visits() != self._left and self._due is not None:
+        if self._clock.epochs_left != self._left and self._due is not None:
             super().moved(*self._due)
             self._due = None
-        self._left = self._visits()
+        self._left = self._clock.epochs_left
 
 
 class Anew(CacheManager):

@@ -7,7 +7,6 @@ accumulated gradient is there and not yet clipped, and :meth:`Frostline.after_st
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,8 @@ from torch import nn
 
 from frostline.blocks import BlockStack
 from frostline.cache import CacheManager, CacheOptions, CacheSetting, cache_options, watched
-from frostline.errors import ConfigError, ResumeError
+from frostline.clock import Clock
+from frostline.errors import ResumeError
 from frostline.events import EventLog, environment
 from frostline.freezer import Freezer, refuse_wrapper
 from frostline.policies.base import Decision, Explained, Observation, Plan
@@ -92,20 +92,17 @@ class Frostline:
     ) -> None:
         caching = cache_options(cache)
         checked = validate(policy, options)
-        for name, value in (("steps_per_epoch", steps_per_epoch), ("epochs", epochs), ("batch_size", batch_size)):
-            if not value > 0:
-                raise ConfigError(f"{name}={value!r}: must be greater than 0")
+        self.clock = Clock(steps_per_epoch, epochs, batch_size, samples_per_epoch, sized=sized)
         self.log = events if isinstance(events, EventLog) else EventLog(events)
         self.policy_name, self.policy_options = policy, checked.model_dump()
         self.scaler = scaler
-        self.step = self.samples = self.evaluations = self._final_depth = self._changes = 0
+        self.evaluations = self._final_depth = self._changes = 0
         self.limits: list[str] = []
         self.trajectory: list[dict[str, int]] = []
         self.seconds = {"statistics": 0.0, "decide": 0.0}
-        self._steps_per_epoch, self._batch_size, self._blocks_path = steps_per_epoch, batch_size, blocks
-        self._samples_per_epoch = min(samples_per_epoch or steps_per_epoch * batch_size, steps_per_epoch * batch_size)
+        self._blocks_path = blocks
         self._model_class = type(model).__name__
-        self._active, self._sized = policy != "none", sized
+        self._active = policy != "none"
         self._statistics: GradientSum | None = None
         self._parting: dict[str, Any] = {}
         self.cache: CacheManager | None = None
@@ -117,7 +114,7 @@ class Frostline:
         self._max_changes = COMPILED_DEPTH_CHANGES if max_depth_changes is None and compiled else max_depth_changes
         self.stack = BlockStack.find(model, blocks)
         self._model_class = type(self.stack.model).__name__
-        self.plan = plan_for(self.stack, batch_size, self._samples_per_epoch, epochs)
+        self.plan = plan_for(self.stack, batch_size, self.clock.samples_per_epoch, epochs)
         self.policy = create(policy, options, self.plan)
         self._cadence = self.policy.cadence()
         self.freezer = Freezer(self.stack, optimizer)
@@ -145,6 +142,16 @@ class Frostline:
     # -- what adapters and users call ---------------------------------------------------------------
 
     @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return self.clock.step
+
+    @property
+    def samples(self) -> int:
+        """Samples trained on so far."""
+        return self.clock.samples
+
+    @property
     def depth(self) -> int:
         """Number of leading blocks frozen now."""
         return self.freezer.depth if self._active else 0
@@ -163,7 +170,7 @@ class Frostline:
 
     def after_step(self) -> None:
         """Count the step and, where an interval ends, decide: call after ``optimizer.step()``."""
-        self._count()
+        self.clock.step += 1
         if self.cache is not None:
             self.cache.agree()
         if not self._active or self._cadence is None:
@@ -265,7 +272,8 @@ class Frostline:
             )
         if self._active and state["model"] != (here := fingerprint(self.stack.model, len(self.stack))):
             raise ResumeError(f"the checkpoint belongs to another model: {state['model']}, this one is {here}")
-        self.step, self.samples, self.evaluations = state["step"], state["samples"], state["evaluations"]
+        self.clock.resume(state["step"], state["samples"])
+        self.evaluations = state["evaluations"]
         self.trajectory, self._changes = list(state["trajectory"]), state["changes"]
         self.seconds, self.limits = dict(state["seconds"]), list(state["limits"])
         self.log.rewind(state["events_offset"])
@@ -299,19 +307,6 @@ class Frostline:
     def _expect(self, batch: Any) -> None:
         if self.cache is not None:
             self.cache.expect(batch)
-
-    def _visits(self) -> float:
-        """How many more epochs bring back a sample that comes by now."""
-        if not self._sized:
-            return math.inf
-        epoch = self.samples // self.plan.samples_per_epoch
-        return max(0, math.ceil(self.plan.epochs - 1e-6) - 1 - epoch)
-
-    def _count(self) -> None:
-        last = (self.step + 1) % self._steps_per_epoch == 0
-        whole = (self._steps_per_epoch - 1) * self._batch_size
-        self.step += 1
-        self.samples += self._samples_per_epoch - whole if last else self._batch_size
 
     def _decide(self) -> None:
         self.evaluations += 1
@@ -372,8 +367,7 @@ class Frostline:
             self.limit("cache-compiled", NOT_CACHED_COMPILED)
             return None
         return CacheManager(
-            self.stack, options, samples_per_epoch=self._samples_per_epoch, report=self._log_cache, limit=self.limit,
-            samples=lambda: self.samples, sized=self._sized, visits=self._visits, compiled=compiled,
+            self.stack, options, self.clock, report=self._log_cache, limit=self.limit, compiled=compiled
         )  # fmt: skip
 
     def _log_cache(self, action: str, **numbers: Any) -> None:

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.adapters.hosts import batches, bert, plain_sums
 from tests.adapters.two_ranks import CASES, RATE
-
-ROOT = Path(__file__).parents[2]
+from tests.ranks import launch
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the two ranks saw; each checks law 1 at every step by itself."""
-    folder = tmp_path_factory.mktemp("ranks")
-    launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-         "tests.adapters.two_ranks", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )  # fmt: skip
-    assert launched.returncode == 0, launched.stderr[-4000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return launch("tests.adapters.two_ranks", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -45,7 +28,7 @@ def test_ranks_agree(name: str, ranks: list[dict[str, Any]]) -> None:
         assert first["trajectory"][-1]["depth"] > 0
 
 
-def test_ranks_read_their_own_records(ranks: list[dict[str, Any]]) -> None:
+def test_ranks_read_records(ranks: list[dict[str, Any]]) -> None:
     """Each rank sees the same rows in both epochs here; DDP runs the blocks that are left."""
     for rank in ranks:
         assert rank["ramp-cached"]["read"] > 0

@@ -13,20 +13,13 @@ from tests.cache.test_manager import BERT, EPOCH, train
 
 
 def side_with(manager: type) -> Side:
-    left = 3.0
-
-    def visits() -> float:
-        return left
-
     with mock.patch("tests.cache.sides.CacheManager", manager):
-        side = Side(BERT, cached=True, visits=visits)
+        side = Side(BERT, cached=True, epochs=4)
     side.freeze(1)
     for epoch in range(3):
-        left = 3 - epoch
         for number, rows in enumerate(EPOCH):
             train(side, [rows], 10 * epoch + number)
             assert side.cache is not None
-            left = 3 - epoch - (number == len(EPOCH) - 1)
             side.cache.agree()
             if (epoch, number) == (1, 0):
                 side.freeze(3)

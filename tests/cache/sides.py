@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from frostline.blocks import BlockStack
 from frostline.cache import CacheManager, CacheOptions
 from frostline.cache.store import Store
+from frostline.clock import Clock
 from frostline.freezer import Freezer
 from frostline.policies.base import Decision
 from tests.architectures import Architecture
@@ -33,7 +33,7 @@ class Side:
         cached: bool,
         store: Store | None = None,
         options: CacheOptions | None = None,
-        visits: Callable[[], float] = lambda: math.inf,
+        epochs: float = 1e9,
         sized: bool = True,
     ) -> None:
         self.architecture = architecture
@@ -43,17 +43,16 @@ class Side:
         self.freezer = Freezer(self.stack, self.optimizer)
         self.events: list[dict[str, Any]] = []
         self.limits: list[str] = []
+        self.clock = Clock(SAMPLES // ROWS, epochs, ROWS, sized=sized)
         self.cache: CacheManager | None = None
         if cached:
             self.cache = CacheManager(
                 self.stack,
                 options or CacheOptions(mode="memory"),
-                samples_per_epoch=SAMPLES,
+                self.clock,
                 report=lambda action, **numbers: self.events.append({"action": action, **numbers}),
                 limit=lambda code, message: self.limits.append(f"{code}: {message}"),
                 store=store,
-                visits=visits,
-                sized=sized,
             )
 
     def freeze(self, depth: int) -> None:
@@ -68,6 +67,7 @@ class Side:
         transformers.set_seed(seed)
         loss = self.model(**batch).loss
         loss.backward()
+        self.clock.step += 1
         return float(loss.detach()), {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
 
     def follow(self, other: Side) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import frostline
-from frostline.cache import disk, watched
+from frostline.cache import slotstore, watched
 from frostline.cache.disk import DiskStore
+from frostline.cache.tiers import disk_of
 from tests.adapters.hosts import Rows, bert, trainer_for
 from tests.architectures import ARCHITECTURES
 from tests.cache.sides import ROWS, SAMPLES, batch_of
@@ -35,10 +36,10 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
     seen: list[tuple[bool, int]] = []
     fetch = DiskStore._fetch
 
-    def noted(self: DiskStore, wanted: Any) -> Any:
+    def noted(self: DiskStore, wanted: Any, *hands: int) -> Any:
         if wanted:
             seen.append((threading.current_thread().name.startswith("frostline-ahead"), len(wanted)))
-        return fetch(self, wanted)
+        return fetch(self, wanted, *hands)
 
     monkeypatch.setattr(DiskStore, "_fetch", noted)
     return seen
@@ -153,16 +154,16 @@ def test_a_damaged_record_that_was_expected_is_not_used(tmp_path: Path) -> None:
 
 def test_what_nobody_asks_for_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = filled(tmp_path / "a")
-    monkeypatch.setattr(disk, "_AHEAD", 3 * value(4, 1).nbytes)
+    monkeypatch.setattr(slotstore, "_AHEAD", 3 * value(4, 1).nbytes)
     for number in range(20):
         store.expect([key(number)])
     assert 0 < len(store._coming) == len(store._announced) <= 7
-    assert sum(store._announced.values()) <= disk._AHEAD
+    assert sum(store._announced.values()) <= slotstore._AHEAD
     store.expect([key(n) for n in range(20)])  # more than may be read ahead at all
     assert_records(store, 20, 1)
     assert not store._coming
     assert not store._announced
-    store.drop_deeper(0)
+    store.moved(0)
     assert store.get_many([key(n) for n in range(20)]) == [None] * 20
     store.close()
 
@@ -209,7 +210,7 @@ def loop(folder: Path, *, watch: bool, renaming: bool = False) -> tuple[list[flo
             optimizer.zero_grad()
             frost.after_step()
             losses.append(float(loss.detach()))
-            frost.cache.store.tiers[1].flush()  # type: ignore[union-attr]
+            disk_of(frost.cache.store).flush()  # type: ignore[union-attr]
     frost.finish()
     return losses, frost.summary()
 

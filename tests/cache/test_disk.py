@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from frostline.cache.disk import DiskStore
+from frostline.cache.slotstore import SlotStore
 
 WIDTH = 24
 
@@ -33,15 +34,15 @@ def value(number: int, depth: int) -> torch.Tensor:
     return torch.randn(3 + number % 5, WIDTH, generator=generator)
 
 
-def filled(folder: Path, count: int = 20, depth: int = 1, budget: int = 1 << 20, *, keep: bool = False) -> DiskStore:
-    store = DiskStore(folder, budget, prefix=prefix, keep=keep)
+def filled(folder: Path, count: int = 20, depth: int = 1, *, keep: bool = False) -> DiskStore:
+    store = DiskStore(folder, 1 << 20, prefix=prefix, keep=keep)
     for number in range(count):
         assert store.put(key(number), depth, value(number, depth))
     store.flush()
     return store
 
 
-def assert_records(store: DiskStore, count: int, depth: int) -> None:
+def assert_records(store: SlotStore, count: int, depth: int) -> None:
     for number, record in enumerate(store.get_many([key(n) for n in range(count)])):
         assert record is not None
         assert record.depth == depth
@@ -77,10 +78,13 @@ def test_an_upgrade_takes_its_slot_in_place(tmp_path: Path) -> None:
     store.close()
 
 
-def test_the_budget_holds_and_what_is_over_it_is_counted(tmp_path: Path) -> None:
-    store = filled(tmp_path / "a", budget=2500)
-    assert 0 < store.records < 20
-    assert store.records + store.lost == 20
+def test_the_budget_holds_and_what_is_over_it_is_refused(tmp_path: Path) -> None:
+    """At once, so that another tier may take it."""
+    store = DiskStore(tmp_path / "a", 2500, prefix=prefix)
+    taken = [store.put(key(number), 1, value(number, 1)) for number in range(20)]
+    store.flush()
+    assert 0 < store.records == sum(taken) < 20
+    assert store.lost == 0
     assert (tmp_path / "a" / "slots.bin").stat().st_size <= 2500
     store.close()
 
@@ -90,7 +94,7 @@ def test_a_thaw_frees_slots_for_others(tmp_path: Path) -> None:
     size = (tmp_path / "a" / "slots.bin").stat().st_size
     for number in range(10):
         store.put(key(number), 2 + number % 2, value(number, 2 + number % 2))
-    assert store.drop_deeper(2) == 5
+    assert store.moved(2) == 5
     for number in range(100, 105):
         store.put(key(number), 1, value(number - 99, 1))
     store.flush()

@@ -14,8 +14,8 @@ import torch.distributed as dist
 import frostline.cache.manager as manager
 from frostline.cache import CacheOptions
 from frostline.cache.cost import Price, seconds_of
+from frostline.cache.disk import DiskStore
 from frostline.cache.plans import Plan, Plans
-from frostline.cache.store import HostStore
 from frostline.cache.tiers import Tiers
 from tests.cache.sides import SAMPLES, Side
 from tests.cache.test_manager import BERT, EPOCH, both, flush, pair, train
@@ -33,7 +33,8 @@ def price(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, bool], Pr
 
         def _price(self: manager.CacheManager, passes: Any, call: Any, named: Any, store: Any) -> Price:
             asked.append(self.depth)
-            return of(self.depth, not isinstance(store, HostStore))
+            store.close()
+            return of(self.depth, isinstance(store, DiskStore))
 
         monkeypatch.setattr(manager.CacheManager, "_price", _price)
         return asked
@@ -159,13 +160,11 @@ def test_a_resumed_run_opens_the_disk_that_was_found_to_pay(price: Any, tmp_path
 
 
 def test_nothing_is_written_in_the_last_epoch() -> None:
-    left = 1
-    side = Side(BERT, cached=True, visits=lambda: left)
+    side = Side(BERT, cached=True, epochs=2)
     plain = Side(BERT, cached=False)
     for one in (side, plain):
         one.freeze(1)
     both(side, plain, EPOCH)
-    left = 0
     for one in (side, plain):
         one.freeze(3)
     both(side, plain, EPOCH, 3)
@@ -187,7 +186,7 @@ class Ranks:
 
     def plans(self) -> tuple[Plans, Plans]:
         found = Plans(), Plans()
-        found[1]._run = found[0]._run  # in another process it would have the same number
+        found[1].run = found[0].run  # in another process it would have the same number
         return found
 
 
@@ -265,6 +264,9 @@ def test_a_rank_that_cannot_hear_rank_0_goes_on(monkeypatch: pytest.MonkeyPatch)
     both(cached, plain, EPOCH * 2)
     for _ in range(40):
         cached.cache.agree()
-    assert cached.limits == ["cache-ranks: rank 0's measurements cannot be heard: ConnectionError: rank 0 has left"]
+    assert cached.limits == [
+        "cache-shared: each rank keeps records of its own: ConnectionError: rank 0 has left",
+        "cache-ranks: rank 0's measurements cannot be heard: ConnectionError: rank 0 has left",
+    ]
     both(cached, plain, EPOCH, 6)
     assert cached.counts()["hits"] == 2 * SAMPLES

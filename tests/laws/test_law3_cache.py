@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from frostline.cache import CacheOptions
-from frostline.cache.disk import DiskStore
-from frostline.cache.tiers import Tiers
+from frostline.cache.tiers import disk_of
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.cache.sides import ROWS, SAMPLES, Side, batch_of, calls
 from tests.laws.test_law1_checkpointing import CHECKPOINTED, checkpoint
@@ -88,9 +87,8 @@ def test_from_disk_read_ahead(architecture: Architecture, tmp_path: Path) -> Non
         batch = batch_of(architecture, rows)
         cached.cache.expect(batch)
         assert_same_step(cached, plain, batch, number)
-        assert isinstance(cached.cache.store, Tiers)
-        disk = cached.cache.store.tiers[1]
-        assert isinstance(disk, DiskStore)
+        disk = disk_of(cached.cache.store)
+        assert disk is not None
         disk.flush()
     counts = cached.counts()
     assert (counts["misses"], counts["upgrades"], counts["hits"]) == (SAMPLES, SAMPLES, SAMPLES)

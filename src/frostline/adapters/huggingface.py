@@ -319,10 +319,7 @@ class Frost:
         """Freeze from here on, in a run whose first ``step`` steps were not ours."""
         engine = self.engine
         assert engine is not None
-        epochs, within = divmod(step, self._steps_per_epoch)
-        per_epoch = engine.plan.samples_per_epoch
-        engine.step = step
-        engine.samples = epochs * per_epoch + min(within * engine.plan.samples_per_step, per_epoch)
+        engine.clock.step = step
         cadence = engine.policy.cadence()
         if cadence is not None:
             # Decide at the next mark, not at every step until as many decisions have been taken.

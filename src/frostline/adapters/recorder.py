@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from frostline.adapters.huggingface import Frost
+from frostline.clock import Clock
 from frostline.events import PHASES, EventLog, environment
 
 __all__ = ["Recorder", "plain_metrics"]
@@ -121,10 +122,10 @@ class Recorder(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         loader = kwargs["train_dataloader"]
-        self._batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self._steps_per_epoch = max(1, math.ceil(len(loader) / args.gradient_accumulation_steps))
-        self._per_epoch = min(len(loader.dataset), self._steps_per_epoch * self._batch)
-        self._interval_steps = max(1, round(self._steps_per_epoch / _INTERVALS_PER_EPOCH))
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        per_epoch = max(1, math.ceil(len(loader) / args.gradient_accumulation_steps))
+        self._clock = Clock(per_epoch, 1, batch, len(loader.dataset))  # nobody asks it how many epochs are left
+        self._interval_steps = max(1, round(per_epoch / _INTERVALS_PER_EPOCH))
         self._reset()
         # Read from a checkpoint it is a dictionary of states; at a fresh start it holds the callbacks' first ones.
         states: Any = state.stateful_callbacks
@@ -256,9 +257,8 @@ class Recorder(TrainerCallback, ExportableState):
         return seconds
 
     def _count(self, state: TrainerState) -> None:
-        self.steps = state.global_step
-        epochs, within = divmod(self.steps, self._steps_per_epoch)
-        self.samples = epochs * self._per_epoch + min(within * self._batch, self._per_epoch)
+        self._clock.step = self.steps = state.global_step
+        self.samples = self._clock.samples
 
     def _split(self) -> dict[str, float]:
         """Seconds per phase so far. The engine's work happens inside the step: it is taken out of ``train``."""

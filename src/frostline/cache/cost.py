@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from frostline.cache.disk import DiskStore
-from frostline.cache.store import HostStore, Record
+from frostline.cache.store import Record, Store
 
 __all__ = ["Cost", "Price", "price_of", "seconds_of"]
 
@@ -93,7 +92,7 @@ def seconds_of(job: Callable[[], Any], before: Callable[[], Any] = lambda: None)
 
 def price_of(
     rows: int,
-    store: HostStore | DiskStore,
+    store: Store,
     *,
     compute: Callable[[], Any],
     write: Callable[[], Any],

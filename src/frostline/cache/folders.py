@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frostline.cache.slots import read_slots
+from frostline.cache.disk import LOCK, MANIFEST
+from frostline.cache.slots import file_numbers, read_slots
 from frostline.errors import ConfigError
 
 __all__ = ["Folder", "folders", "remove", "verify"]
@@ -33,10 +34,10 @@ def folders(root: Path) -> Iterator[Folder]:
     if not root.is_dir():
         return
     for path in sorted(root.iterdir()):
-        if (path / "slots.idx").is_file():
+        if path.is_dir() and file_numbers(path):
             about: dict[str, Any] = {}
             with suppress(OSError, ValueError):  # killed before it was written
-                about = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+                about = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
             yield Folder(path, size, _in_use(path), about)
 
@@ -70,11 +71,11 @@ def remove(folder: Folder) -> None:
 
 def _in_use(path: Path) -> bool:
     try:
-        file = os.open(path / "slots.idx", os.O_RDONLY)
+        file = os.open(path / LOCK, os.O_RDWR)
     except OSError:
         return False
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return True
     finally:

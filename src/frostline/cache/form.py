@@ -27,10 +27,10 @@ class Form:
 
     def keep(self, store: Store, hidden: Tensor, rows: Sequence[int], named: Rows, depth: int) -> list[bool]:
         """Hand the boundary activations ``[len(rows), ...]`` of some rows to a store, and say which it has taken."""
-        host = self.codec.encode(hidden.detach()).cpu()
+        kept = self.codec.encode(hidden.detach()).to(store.device)
         taken = []
         for place, row in enumerate(rows):
-            value = host[place]
+            value = kept[place]
             if self.unpadded and named.real is not None:
                 value = value[named.real_of(row)]
             taken.append(store.put(named.keys[row], depth, value))
@@ -41,10 +41,17 @@ class Form:
     ) -> Tensor:
         """The records of ``rows`` as one tensor ``[len(rows), ...]``, padded to the batch with zeros."""
         first = records[0].value
-        if self.unpadded and named.real is not None:
-            joined = first.new_zeros((len(rows), named.real.shape[1], *first.shape[1:]))
-            for place, (row, record) in enumerate(zip(rows, records, strict=True)):
-                joined[place, named.real_of(row)] = record.value
-        else:
-            joined = torch.stack([record.value for record in records])
-        return self.codec.decode(joined.to(device), dtype)
+        real = named.real if self.unpadded else None
+        shape = first.shape if real is None else (real.shape[1], *first.shape[1:])
+        # Record by record to where they are needed: from pinned memory, or from the GPU's own, nothing is waited for.
+        joined = (torch.empty if real is None else torch.zeros)((len(rows), *shape), dtype=first.dtype, device=device)
+        for place, (row, record) in enumerate(zip(rows, records, strict=True)):
+            at = slice(None) if real is None else named.real_of(row)
+            if isinstance(at, slice):
+                # What is not pinned may be gone before a copy that nobody waits for; a pinned slot is written over only
+                # after `keep` has waited for this device.
+                ready = device.type == "cuda" and (record.value.is_cuda or record.value.is_pinned())
+                joined[place, at].copy_(record.value, non_blocking=ready)
+            else:
+                joined[place, at.to(device)] = record.value.to(device)
+        return self.codec.decode(joined, dtype)

@@ -8,7 +8,6 @@ records of different depths and without any, and a record is upgraded when its s
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -23,16 +22,17 @@ from frostline.cache import gates
 from frostline.cache.ahead import Lookout
 from frostline.cache.codecs import CODECS
 from frostline.cache.cost import Cost, Price, price_of
-from frostline.cache.disk import DiskStore
 from frostline.cache.form import Form
 from frostline.cache.hooks import Hooks
 from frostline.cache.identity import Rows, identify, is_packed, precision_of
+from frostline.cache.opening import Opening
 from frostline.cache.options import CacheOptions
 from frostline.cache.passes import Passes, rows_of, slice_rows
 from frostline.cache.plans import Plan, Plans
 from frostline.cache.prefix import PrefixDigest, PrefixWatch
-from frostline.cache.store import HostStore, Record, Store
-from frostline.cache.tiers import Tiers, open_disk, open_host
+from frostline.cache.store import MemoryStore, Record, Store
+from frostline.cache.tiers import Tiers, disk_of, tiers_of
+from frostline.clock import Clock
 from frostline.trace import Call
 
 __all__ = ["CacheManager"]
@@ -46,12 +46,9 @@ class CacheManager:
     Args:
         stack: where the model can be cut.
         options: where records are kept, and how many.
-        samples_per_epoch: after so many samples without one hit, the inputs never repeat and caching stops.
-        samples: how many have been trained on, in the unit of ``samples_per_epoch``. Default: rows that came by.
+        clock: of the run. After an epoch without one hit, the inputs never repeat and caching stops.
         report: takes an action and its numbers (``cache`` events of the log).
         limit: takes a code and a message: what cannot be cached, and why (law 8).
-        sized: whether ``samples_per_epoch`` is an epoch (a stream has none).
-        visits: how many more times a sample that comes by now will come by.
         compiled: what ``torch.compile`` made of the model. It is the one hooked then, outside of the graph; passes
             beside the training pass run the model as it was.
         store: in place of what the options say (tests).
@@ -61,32 +58,28 @@ class CacheManager:
         self,
         stack: BlockStack,
         options: CacheOptions,
+        clock: Clock,
         *,
-        samples_per_epoch: int,
         report: Callable[..., None],
         limit: Callable[[str, str], None],
-        samples: Callable[[], float] | None = None,
-        sized: bool = True,
-        visits: Callable[[], float] = lambda: math.inf,
         compiled: nn.Module | None = None,
         store: Store | None = None,
     ) -> None:
         self.stack = stack
-        self.store: Store = store if store is not None else HostStore(0)
+        self.store: Store = store if store is not None else MemoryStore(0)
         self._options, self._opened = options, store is not None
         self._form = Form(CODECS[options.codec])
         self._digest, self._watch, self._cost = PrefixDigest(stack), PrefixWatch(), Cost()
-        self._plans, self._lookout, self._visits, self._compiled = Plans(), Lookout(), visits, compiled
+        self._plans, self._lookout, self._clock, self._compiled = Plans(), Lookout(), clock, compiled
+        self._opening = Opening(options, self._digest, self._plans.run, limit)
         self.depth = 0
         self.counts: Counter[str] = Counter()
         self.stopped: str | None = None
-        self._samples_per_epoch, self._report, self._limit = samples_per_epoch, report, limit
-        self._rows = 0
-        self._sized = sized
-        self._samples = samples if samples is not None else lambda: self._rows
+        self._report, self._limit = report, limit
         self._hooks = Hooks(self._serve, self.stop)
         self._passes: Passes | None = None
         self._checked = False
+        self._enterable: set[int] = set()  # depths at which the last check has seen that a pass may enter
         self._padding_safe: bool | None = None  # None: no batch with padding has been seen
         self._padding_depth = 0
         self._dtypes: list[torch.dtype] = []  # of the hidden state at each depth down to the line
@@ -99,11 +92,10 @@ class CacheManager:
         if stack is self.stack and depth == self.depth:
             return
         self._forget_stale()
+        self.counts["dropped"] += self.store.moved(depth)
         if depth < self.depth:
-            self._unknown_since = None
-            self._cost = Cost()
+            self._unknown_since, self._cost = None, Cost()
             self._plans.forget()
-            self.counts["dropped"] += self.store.drop_deeper(depth)
             self._digest.forget(stack)  # now, when nothing waits to be written under it
         if stack is not self.stack:
             self.stack, self._passes = stack, None
@@ -146,7 +138,7 @@ class CacheManager:
         self.stopped = reason
         self._hooks.uninstall()
         self.store.close()
-        self.store = HostStore(0)
+        self.store = MemoryStore(0)
 
     def close(self) -> None:
         """Take every hook away, and keep only the records that the options say."""
@@ -176,22 +168,6 @@ class CacheManager:
             "stopped": self.stopped,
         }
 
-    def _open(self) -> Store:
-        host = open_host(self._options)
-        disk = self._open_disk() if self._options.mode == "disk" else None
-        return host if disk is None else Tiers(host, disk)
-
-    def _open_disk(self) -> DiskStore | None:
-        try:
-            disk = open_disk(self._options, self.stack, self._digest)
-        except Exception as error:  # a folder that cannot be made, weights that cannot be hashed
-            self._limit("cache-disk", f"no boundary activations on disk, only in memory: {error}")
-            return None
-        # Below a deeper line weights still train: that they are those of a kept record today says nothing of tomorrow.
-        disk.drop_deeper(self.depth)
-        self._digest.forget(self.stack)
-        return disk
-
     # -- a batch ---------------------------------------------------------------------------------------------
 
     def _serve(self, module: nn.Module, call: Call) -> tuple[Passes, int, Tensor] | None:
@@ -210,7 +186,7 @@ class CacheManager:
             self.stop("packed", "a flattened batch packs several samples into a row: its rows cannot be told apart")
             return None
         if not self._opened:  # not before: a host may load other weights after it has frozen the first blocks
-            self.store, self._opened = self._open(), True
+            self.store, self._opened = self._opening.tiers(self.stack, self.depth), True
             self._follow_plan()
             if not self._hooks.installed:
                 return None
@@ -225,7 +201,6 @@ class CacheManager:
         self._lookout.came(call, named.keys[0])
         if self._lookout.lost:
             self._limit("cache-ahead", "the loader yields other inputs than the model gets: nothing is read ahead")
-        self._rows += rows
         if self._options.mode == "auto" and not self._pays(self._passes, call, named):
             return None
         if not self._checked and not self._check(self._passes, call, named):  # a disk has joined, with older records
@@ -238,23 +213,24 @@ class CacheManager:
         return self._passes, self.depth, hidden
 
     def _look_for_trouble(self) -> None:
-        unknown = self._samples() - self._unknown_since if self._unknown_since is not None else 0
+        unknown = self._clock.samples - self._unknown_since if self._unknown_since is not None else 0
         read = self.counts["hits"] + self.counts["upgrades"]
+        full = self.counts["full"] > self.store.skipped
         if self.store.failure is not None:
-            self._limit("cache-disk", f"no more boundary activations are written to disk: {self.store.failure}")
-        if unknown > self._samples_per_epoch and self.store.records:
+            self._limit("cache-writing", f"no more boundary activations are written: {self.store.failure}")
+        if unknown > self._clock.samples_per_epoch and self.store.records:
             self.stop("no-hits", "for a whole epoch no sample came by a second time with the same input (augmentation "
                       "or masking makes each one new)")  # fmt: skip
-        elif self.counts["full"] and not read and not self._sized:
+        elif full and not read and not self._clock.sized:
             self.stop("no-hits", "the data have no epochs, and no sample has come by a second time before there was no "
                       "more room")  # fmt: skip
-        elif (self.counts["full"] or self.store.lost) and not self.store.records and not self._may_get_disk():
+        elif (full or self.store.lost) and not self.store.records and not self._may_get_disk():
             self.stop("no-room", "the budgets have no room for a single record")
 
     def _may_get_disk(self) -> bool:
         plan = self._plans.of(self.depth)
         open_question = plan is None or plan.disk is None
-        return self._options.mode == "auto" and open_question and isinstance(self.store, HostStore)
+        return self._options.mode == "auto" and open_question and disk_of(self.store) is None
 
     def _assemble(self, passes: Passes, call: Call, named: Rows) -> Tensor:
         """Group the rows by the depth of their record, bring each group to the line, and join them."""
@@ -263,12 +239,12 @@ class CacheManager:
         looked = time.perf_counter() - started
         groups: dict[int, list[int]] = {}
         for row, record in enumerate(records):
-            groups.setdefault(record.depth if record is not None and record.depth <= self.depth else 0, []).append(row)
+            groups.setdefault(self._entry(record), []).append(row)
         whole = list(range(len(records)))
         if groups.keys() != {0}:
             self._unknown_since = None
         elif self._unknown_since is None:
-            self._unknown_since = self._samples()
+            self._unknown_since = self._clock.samples
         if groups.keys() == {self.depth}:
             self.counts["hits"] += len(whole)
             with self._cost.reading(len(whole), looked):
@@ -279,7 +255,7 @@ class CacheManager:
             timed = self._cost.computing(len(rows)) if depth == 0 and len(rows) == len(whole) else nullcontext()
             with timed:
                 part = passes.prefill(slice_rows(call, rows, len(whole)), self.depth, depth, before)
-            if depth < self.depth and (self._visits() > 0 or self._options.keep):
+            if depth < self.depth and (self._clock.epochs_left > 0 or self._options.keep):
                 for taken in self._form.keep(self.store, part, rows, named, self.depth):
                     self.counts["written" if taken else "full"] += 1
             self.counts["hits" if depth == self.depth else "upgrades" if depth else "misses"] += len(rows)
@@ -291,6 +267,15 @@ class CacheManager:
         assert joined is not None
         return joined
 
+    def _entry(self, record: Record | None) -> int:
+        """Where a row enters: at its record's depth, or at 0."""
+        if record is None or record.depth > self.depth:
+            return 0
+        if record.depth < self.depth and record.depth not in self._enterable:
+            self._checked = False  # another rank has come with it: with the next batch it is seen whether a pass may
+            return 0
+        return record.depth
+
     def _join(self, records: list[Record | None], rows: list[int], named: Rows, depth: int) -> Tensor:
         device = next(self.stack.model.parameters()).device
         return self._form.join([r for r in records if r is not None], rows, named, self._dtypes[depth], device)
@@ -301,36 +286,37 @@ class CacheManager:
         """At each depth anew: is keeping records worth it, and on disk too once memory is full? (mode ``auto``)"""
         plan = self._plans.of(self.depth)
         if plan is None and not self._plans.awaits(self.depth):
-            price = self._price(passes, call, named, HostStore(1 << 40))
+            price = self._price(passes, call, named, self._opening.memory(self.store.device))
             # Records of a shallower line pay once more even if their upgrades are not kept.
-            visits = self._visits() + bool(self.store.records)
+            visits = self._clock.epochs_left + bool(self.store.records)
             self._tell(price, visits, "memory", Plan(keep=price.pays(visits)))
         elif plan is not None and self.counts["full"] and self._may_get_disk() and not self._plans.awaits(self.depth):
             self._price_disk(passes, call, named, plan)
         return self._hooks.installed
 
     def _price_disk(self, passes: Passes, call: Call, named: Rows, plan: Plan) -> None:
-        if (disk := self._open_disk()) is None:
+        if (disk := self._opening.disk(self.stack, self.depth, trial=True)) is None:
             self._settle(plan._replace(disk=False))
             return
-        try:
-            disk.queued = 1 << 40  # what it can take at a time is not the question
-            price = self._price(passes, call, named, disk)
-        finally:
-            disk.close()
-        self._tell(price, self._visits(), "disk", plan._replace(disk=price.pays(self._visits())))
+        price = self._price(passes, call, named, disk)
+        visits = self._clock.epochs_left
+        self._tell(price, visits, "disk", plan._replace(disk=price.pays(visits)))
 
-    def _price(self, passes: Passes, call: Call, named: Rows, store: HostStore | DiskStore) -> Price:
+    def _price(self, passes: Passes, call: Call, named: Rows, store: Store) -> Price:
+        """What a sample costs with its record in ``store``, which is closed then."""
         rows = list(range(len(named.keys)))
-        line = passes.prefill(call, self.depth)
-        return price_of(
-            len(rows),
-            store,
-            compute=lambda: passes.prefill(call, self.depth),
-            write=lambda: self._form.keep(store, line, rows, named, self.depth),
-            find=lambda: store.get_many(named.keys),
-            join=lambda records: self._join(records, rows, named, self.depth),
-        )
+        try:
+            line = passes.prefill(call, self.depth)
+            return price_of(
+                len(rows),
+                store,
+                compute=lambda: passes.prefill(call, self.depth),
+                write=lambda: self._form.keep(store, line, rows, named, self.depth),
+                find=lambda: store.get_many(named.keys),
+                join=lambda records: self._join(records, rows, named, self.depth),
+            )
+        finally:
+            store.close()
 
     def _tell(self, price: Price, visits: float, tier: str, plan: Plan) -> None:
         self._report("price", depth=self.depth, tier=tier, visits=visits, **price._asdict(), **plan._asdict())
@@ -361,9 +347,9 @@ class CacheManager:
         wanted = self.depth > 0 and self.stopped is None and (plan is None or plan.keep)
         if plan is not None and not plan.keep:
             self.store.clear()  # reading it would be slower at a deeper line, too
-        if wanted and plan is not None and plan.disk and self._opened and isinstance(self.store, HostStore):
-            disk = self._open_disk()
-            self.store = self.store if disk is None else Tiers(self.store, disk)
+        if wanted and plan is not None and plan.disk and self._opened and disk_of(self.store) is None:
+            disk = self._opening.disk(self.stack, self.depth)
+            self.store = self.store if disk is None else Tiers(*tiers_of(self.store), disk)
             self._checked = False  # it may bring records of other depths
         if wanted and not self._hooks.installed:
             around = self.stack.ancestors() if self._compiled is None else [self._compiled]
@@ -376,7 +362,8 @@ class CacheManager:
     def _check(self, passes: Passes, call: Call, named: Rows) -> bool:
         """Before the first hit at a depth: is the boundary activation the same each time, and skipping exact?"""
         started = time.perf_counter()
-        found = gates.check(passes, call, named, self.depth, self.store.depths(), self._form.codec)
+        self._enterable = self.store.depths()
+        found = gates.check(passes, call, named, self.depth, self._enterable, self._form.codec)
         self._report("check", depth=self.depth, seconds=time.perf_counter() - started, **found.numbers())
         self._dtypes = found.dtypes
         self._checked = found.refusal is None
@@ -395,9 +382,13 @@ class CacheManager:
 
     def _forget_stale(self) -> None:
         """Forget every record if a weight or buffer of the prefix is not what it was."""
+        first = not self._watch.looked
         if self._watch.changed():
             self.counts["stale"] += self.store.records
             self._report("stale", depth=self.depth, records=self.store.records)
             self.store.clear()
             self._digest.forget(self.stack)
+            self.store.clear()  # what another rank has told meanwhile was taken for one of the new weights
             self._checked, self._unknown_since = False, None
+        elif first:  # since the line moved a host may have loaded weights, DDP has sent rank 0's buffers around
+            self._digest.forget(self.stack)

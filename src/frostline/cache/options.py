@@ -21,14 +21,17 @@ class CacheOptions(BaseModel):
 
     ``mode``: ``off``; ``memory`` (host memory); ``disk`` (host memory, and a folder for what does not fit there);
     ``auto`` (what pays: at each depth the running job is measured, and nothing, memory, or memory and disk used).
-    ``memory`` and ``disk`` are budgets in bytes (or "2GB"; default: half of what is free), ``folder`` is where records
-    on disk go (default: the user's cache), ``keep`` leaves them there when the run ends. ``codec``: ``raw``; ``bf16``,
-    ``fp16`` or ``int8`` (one scale a token) take a half to a quarter of fp32's bytes and lose precision.
+    ``memory`` and ``disk`` are budgets of each process in bytes (or "2GB"; default: half of what is free, by those that
+    share it), ``folder`` is where records on disk go (default: the user's cache), ``keep`` leaves them there when the
+    run ends. ``device`` is a budget in the memory of the GPU, used before the host's (default: none, because nobody
+    knows what training will ask for later; with several ranks none is used). ``codec``: ``raw``; ``bf16``, ``fp16`` or
+    ``int8`` (one scale a token) take a half to a quarter of fp32's bytes and lose precision.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     mode: str = "off"
+    device: ByteSize = Field(default=ByteSize(0), ge=0)
     memory: ByteSize | None = Field(default=None, ge=0)
     disk: ByteSize | None = Field(default=None, ge=0)
     folder: Path | None = None

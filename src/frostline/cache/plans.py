@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-__all__ = ["Plan", "Plans", "ranks"]
+from frostline.cache.ranks import key_value_store, ranks
+
+__all__ = ["Plan", "Plans"]
 
 # Optimizer steps between two looks at what rank 0 has said.
 _STEPS = 16
@@ -40,7 +42,7 @@ class Plans:
         self._settled: dict[int, Plan] = {}
         self._awaited: set[int] = set()
         self._steps = self._said = 0
-        self._run = next(_runs)
+        self.run = next(_runs)
         self.deaf = False  # rank 0 cannot be heard
 
     def of(self, depth: int) -> Plan | None:
@@ -57,7 +59,7 @@ class Plans:
             if dist.get_rank() != 0:
                 self._awaited.add(depth)
                 return False
-            _store().set(self._key(), json.dumps([depth, *plan]))
+            key_value_store().set(self._key(), json.dumps([depth, *plan]))
             self._said += 1
         self._settled[depth] = plan
         return True
@@ -67,7 +69,7 @@ class Plans:
         self._steps += 1
         if self._steps % _STEPS or self.deaf or ranks() == 1 or dist.get_rank() == 0:
             return False
-        store, heard = _store(), False
+        store, heard = key_value_store(), False
         while store.check([self._key()]):
             depth, *plan = json.loads(store.get(self._key()))
             self._settled[depth] = Plan(*plan)
@@ -90,16 +92,4 @@ class Plans:
         self._settled = {int(depth): Plan(*plan) for depth, plan in state.items()}
 
     def _key(self) -> str:
-        return f"frostline/plans/{self._run}/{self._said}"
-
-
-def _store() -> Any:
-    # Not at the top: a torch without distributed lacks it.
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    return _get_default_store()
-
-
-def ranks() -> int:
-    """Processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return f"frostline/plans/{self.run}/{self._said}"

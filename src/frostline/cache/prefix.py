@@ -21,13 +21,13 @@ class PrefixDigest:
         self._known: dict[int, bytes] = {}
 
     def __call__(self, depth: int) -> bytes:
-        if depth not in self._known:
+        if (known := self._known.get(depth)) is None:  # looked up once: another thread may forget it meanwhile
             digest = hashlib.blake2b(digest_size=16)
             for tensor in (*self._stack.prefix_parameters(depth).values(), *_buffers(self._stack, depth)):
                 digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
                 digest.update(bits(tensor.detach().cpu()))
-            self._known[depth] = digest.digest()
-        return self._known[depth]
+            known = self._known[depth] = digest.digest()
+        return known
 
     def forget(self, stack: BlockStack) -> None:
         """The weights of ``stack`` change, or another prefix of it has become known."""
@@ -49,6 +49,11 @@ class PrefixWatch:
         self._buffers = dict(enumerate(buffers))
         self._prefix = [*buffers, *stack.prefix_parameters(depth).values()]
         self._versions = []
+
+    @property
+    def looked(self) -> bool:
+        """Whether anybody has looked at this prefix."""
+        return bool(self._versions)
 
     def changed(self) -> bool:
         """Look; the first look at a prefix finds no change."""

@@ -1,7 +1,9 @@
-"""The format of the disk tier: slots one after the other in one file, and an index that says where each begins.
+"""The format of records in files: slots one after the other, and on disk an index that says where each begins.
 
     FOLDER/slots.bin   slots: a header of 128 bytes, the record, padding to 64 bytes
     FOLDER/slots.idx   where each slot begins and how large it is; appended before the slot is first written
+
+Where several ranks share a folder each has a pair of its own (``slots-1.bin``...), into which it puts new slots.
 
 A header carries whose record its slot holds, at which depth and under which weights, and a checksum over all of that
 and the record: a slot that was torn by a kill, that rotted or that belongs to something else is a miss.
@@ -10,6 +12,7 @@ and the record: a slot that was torn by a kill, that rotted or that belongs to s
 from __future__ import annotations
 
 import math
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -24,14 +27,19 @@ from frostline.cache.store import aligned
 __all__ = [
     "DTYPES",
     "HEADER_BYTES",
+    "NEWS_BYTES",
     "PLACE_BYTES",
     "Entry",
     "Slot",
+    "file_numbers",
     "pack",
+    "pack_news",
     "pack_place",
     "parse",
     "places",
     "read_slots",
+    "slots_name",
+    "unpack_news",
 ]
 
 HEADER_BYTES = 128
@@ -44,22 +52,27 @@ _FORMAT = 1
 _FIELDS = struct.Struct("<8sHHHH4QQQ16s16s")
 _CHECKSUMS = struct.Struct("<II")
 _SAID = _FIELDS.size + _CHECKSUMS.size
+_SIZE_FIELD = 10
 _PLACE = struct.Struct("<QQI")  # offset, bytes, checksum of the two
 PLACE_BYTES = _PLACE.size
+_WHERE = struct.Struct("<IQ")  # file, offset
+NEWS_BYTES = 128  # a line of a rank's log: where a slot is, and what its header says
+_NAME = re.compile(r"slots(?:-(\d+))?\.idx")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in the file: where it begins, and its bytes."""
+    """A place in a file of slots: where it begins, and its bytes. ``file``: number of the file."""
 
     offset: int
     size: int
+    file: int
 
 
 class Entry:
     """What a slot holds, as its header says it. One object for each time that a slot is written."""
 
-    __slots__ = ("_alone", "_said", "_whole", "depth", "dtype", "key", "nbytes", "prefix", "shape", "slot", "strides")
+    __slots__ = ("_alone", "_whole", "depth", "dtype", "key", "nbytes", "prefix", "said", "shape", "slot", "strides")
 
     def __init__(
         self, slot: Slot, depth: int, shape: tuple[int, ...], dtype: torch.dtype, key: bytes, prefix: bytes, said: bytes
@@ -67,13 +80,13 @@ class Entry:
         self.slot, self.depth, self.shape, self.dtype, self.key, self.prefix = slot, depth, shape, dtype, key, prefix
         self.nbytes = math.prod(shape) * dtype.itemsize
         self.strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-        self._said = said
+        self.said = said
         self._whole, self._alone = _CHECKSUMS.unpack_from(said, _FIELDS.size)
 
     def is_in(self, header: bytes | memoryview, record: memoryview) -> bool:
         """Whether the bytes of a slot are those that were written."""
         # Where the header is the one that was written, sample, depth and weights are right.
-        return header[:_SAID] == self._said and zlib.crc32(record, self._alone) == self._whole
+        return header[:_SAID] == self.said and zlib.crc32(record, self._alone) == self._whole
 
 
 def pack(slot: Slot, key: bytes, depth: int, prefix: bytes, value: Tensor) -> tuple[Entry, bytes, memoryview]:
@@ -108,17 +121,43 @@ def pack_place(slot: Slot) -> bytes:
     return _PLACE.pack(slot.offset, slot.size, zlib.crc32(struct.pack("<QQ", slot.offset, slot.size)))
 
 
-def places(index: bytes) -> list[Slot]:
-    """The slots that an index names, up to its first line that is torn."""
+def pack_news(entry: Entry) -> bytes:
+    """What a rank tells the others of a slot that it has written."""
+    return (_WHERE.pack(entry.slot.file, entry.slot.offset) + entry.said).ljust(NEWS_BYTES, b"\0")
+
+
+def unpack_news(lines: bytes) -> Iterator[Entry]:
+    """What another rank has told (whole lines)."""
+    for at in range(0, len(lines), NEWS_BYTES):
+        said = memoryview(lines)[at + _WHERE.size : at + NEWS_BYTES].tobytes().ljust(HEADER_BYTES, b"\0")
+        file, offset = _WHERE.unpack_from(lines, at)
+        size = _FIELDS.unpack_from(said)[_SIZE_FIELD]
+        if (entry := parse(memoryview(said), Slot(offset, size, file))) is not None:
+            yield entry
+
+
+def places(index: bytes, file: int) -> list[Slot]:
+    """The slots that the index of a file names, up to its first line that is torn."""
     slots: list[Slot] = []
     end = 0
     for at in range(0, len(index) - _PLACE.size + 1, _PLACE.size):
         offset, size, checksum = _PLACE.unpack_from(index, at)
         if checksum != zlib.crc32(index[at : at + 16]) or offset != end or size <= HEADER_BYTES:
             break
-        slots.append(Slot(offset, size))
+        slots.append(Slot(offset, size, file))
         end = offset + size
     return slots
+
+
+def slots_name(number: int) -> str:
+    """The name of a file of slots; its index has the same with ``.idx``."""
+    return f"slots-{number}.bin" if number else "slots.bin"
+
+
+def file_numbers(folder: Path) -> list[int]:
+    """The files of slots in ``folder`` that have an index."""
+    found = (_NAME.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1] or 0) for match in found if match)
 
 
 def read_slots(folder: Path) -> Iterator[bool]:
@@ -127,9 +166,11 @@ def read_slots(folder: Path) -> Iterator[bool]:
     Raises:
         OSError: a file is missing or cannot be read.
     """
-    with (folder / "slots.bin").open("rb") as file:
-        for slot in places((folder / "slots.idx").read_bytes()):
-            file.seek(slot.offset)
-            part = memoryview(file.read(slot.size))
-            entry = parse(part, slot)  # the last slot may lack its padding
-            yield entry is not None and entry.is_in(part, part[HEADER_BYTES : HEADER_BYTES + entry.nbytes])
+    for number in file_numbers(folder):
+        data = folder / slots_name(number)
+        with data.open("rb") as file:
+            for slot in places(data.with_suffix(".idx").read_bytes(), number):
+                file.seek(slot.offset)
+                part = memoryview(file.read(slot.size))
+                entry = parse(part, slot)  # the last slot may lack its padding
+                yield entry is not None and entry.is_in(part, part[HEADER_BYTES : HEADER_BYTES + entry.nbytes])

@@ -1,4 +1,4 @@
-"""Where records are kept. ``Store`` is the protocol; ``HostStore`` keeps them in host memory."""
+"""Where records are kept. ``Store`` is the protocol; ``MemoryStore`` keeps them in memory, a host's or a GPU's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["HostStore", "Record", "Store", "aligned"]
+__all__ = ["HOST", "MemoryStore", "Record", "Store", "aligned"]
 
+HOST = torch.device("cpu")
 _CHUNK = 16 << 20
 _ALIGN = 64
 
@@ -30,10 +31,14 @@ class Record(NamedTuple):
 class Store(Protocol):
     """Keeps records within a budget. A record is whole or not there.
 
-    ``torn`` counts records that were found damaged, ``lost`` those that were taken and then not kept. ``failure``:
-    why nothing more is taken, if something broke. ``reads_ahead``: reading takes long enough that it is worth saying
-    what will be asked for.
+    ``torn`` counts records that were found damaged, ``lost`` those that were taken and then not kept, ``skipped`` those
+    that were not taken because writing had not kept up. ``failure``: why nothing more is taken, if something broke.
+    ``reads_ahead``: reading takes long enough that it is worth saying what will be asked for. ``device``: where it is
+    cheapest to hand a record over.
     """
+
+    @property
+    def device(self) -> torch.device: ...
 
     @property
     def reads_ahead(self) -> bool: ...
@@ -47,6 +52,9 @@ class Store(Protocol):
     @property
     def lost(self) -> int: ...
 
+    @property
+    def skipped(self) -> int: ...
+
     def expect(self, keys: Sequence[bytes]) -> None:
         """Records that will be asked for soon."""
 
@@ -59,11 +67,17 @@ class Store(Protocol):
     def put(self, key: bytes, depth: int, value: Tensor) -> bool:
         """Keep a record, over the sample's earlier one; ``False`` where the budget has no room for it."""
 
+    def drop(self, key: bytes) -> None:
+        """Forget a sample's record."""
+
     def depths(self) -> set[int]:
         """At which depths there are records."""
 
-    def drop_deeper(self, depth: int) -> int:
-        """Forget records deeper than ``depth`` (a thaw), and say how many there were."""
+    def moved(self, depth: int) -> int:
+        """The frost line is at ``depth`` now: forget deeper records (a thaw), and say how many there were."""
+
+    def cool(self) -> None:
+        """See to it that what is read next comes from where the records are, not from something faster in between."""
 
     def clear(self) -> None:
         """Forget every record."""
@@ -78,23 +92,25 @@ class Store(Protocol):
     def nbytes(self) -> int: ...
 
 
-class HostStore:
-    """Records in host memory: slots in chunks of 16 MiB, pinned where a GPU is there.
+class MemoryStore:
+    """Records in memory: slots in chunks of 16 MiB.
 
     A record that replaces one of the same size takes its slot in place, so an upgrade needs no further space.
 
     Args:
         budget: bytes at most.
+        device: whose memory; the host's is pinned where a GPU is there.
     """
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    def __init__(self, budget: int, device: torch.device = HOST) -> None:
+        self.budget, self.device = budget, device
+        self._pinned = device == HOST and torch.cuda.is_available()
         self._slots: dict[bytes, tuple[int, Tensor, Tensor]] = {}  # depth, bytes of the slot, the record in it
         self._free: defaultdict[int, list[Tensor]] = defaultdict(list)
         self._chunk: Tensor | None = None
         self._used = self._reserved = self._kept = 0
 
-    torn = lost = 0  # memory neither tears nor refuses later what it has taken
+    torn = lost = skipped = 0  # memory neither tears nor keeps anybody waiting
     failure = None
     reads_ahead = False
 
@@ -133,18 +149,21 @@ class HostStore:
         self._kept += kept.nbytes
         return True
 
+    def drop(self, key: bytes) -> None:
+        if (old := self._slots.pop(key, None)) is not None:
+            self._kept -= old[2].nbytes
+            self._free[old[1].nbytes].append(old[1])
+
     def cool(self) -> None:
         """Nothing to do: there is no faster copy of what is here."""
 
     def depths(self) -> set[int]:
         return {depth for depth, _, _ in self._slots.values()}
 
-    def drop_deeper(self, depth: int) -> int:
+    def moved(self, depth: int) -> int:
         deeper = [key for key, (at, _, _) in self._slots.items() if at > depth]
         for key in deeper:
-            _, slot, value = self._slots.pop(key)
-            self._kept -= value.nbytes
-            self._free[slot.nbytes].append(slot)
+            self.drop(key)
         return len(deeper)
 
     def clear(self) -> None:
@@ -162,7 +181,10 @@ class HostStore:
             chunk = min(max(_CHUNK, size), self.budget - self._reserved)
             if size > chunk:
                 return None
-            self._chunk = torch.empty(chunk, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            try:
+                self._chunk = torch.empty(chunk, dtype=torch.uint8, device=self.device, pin_memory=self._pinned)
+            except torch.OutOfMemoryError:  # of a GPU; training has it
+                return None
             self._used, self._reserved = 0, self._reserved + chunk
         slot = self._chunk[self._used : self._used + size]
         self._used += size

@@ -73,6 +73,6 @@ def register(app: typer.Typer) -> None:
 
 
 def _root(folder: Path | None) -> Path:
-    from frostline.cache.tiers import activations_dir
+    from frostline.cache.opening import activations_dir
 
     return folder if folder is not None else activations_dir()
