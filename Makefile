@@ -17,7 +17,7 @@ DEMO_RUN := runs/trec-demo-seed0
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv fetch demo test test-faults test-browser bench lint types
+.PHONY: help venv fetch demo test test-faults test-browser bench bench-gpu lint types
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -68,6 +68,11 @@ bench: $(STAMP) ## measure everything the README quotes (about two hours on a qu
 	$(BIN)/python benchmarks/cache.py minilm --tier disk --rounds 5 --threads 2
 	$(BIN)/python benchmarks/disk.py
 	$(BIN)/python benchmarks/table.py
+
+bench-gpu: $(STAMP) ## measure the tiers on a GPU, BERT-base's shape, at most 512 tokens (some minutes)
+	$(BIN)/python benchmarks/cache.py --base --device cuda --rounds 5 --tier device
+	$(BIN)/python benchmarks/cache.py --base --device cuda --rounds 5 --tier memory
+	$(BIN)/python benchmarks/cache.py --base --device cuda --rounds 5 --tier disk
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

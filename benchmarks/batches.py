@@ -12,7 +12,7 @@ import torch
 
 from frostline.tasks.assets import resolve
 
-__all__ = ["CLASSES", "Batch", "load_model", "made_up_batch", "real_batch"]
+__all__ = ["CLASSES", "Batch", "base_model", "load_model", "made_up_batch", "real_batch"]
 
 CLASSES = 6
 
@@ -45,6 +45,14 @@ def load_model(name: str, seed: int, device: str) -> tuple[torch.nn.Module, Any]
         path, num_labels=CLASSES, dtype=torch.float32
     )
     return network.to(device), tokenizer
+
+
+def base_model(seed: int, device: str) -> torch.nn.Module:
+    """A classifier of BERT-base's shape with random weights, in fp32: for time and memory, not for accuracy."""
+    import transformers
+
+    torch.manual_seed(seed)
+    return transformers.BertForSequenceClassification(transformers.BertConfig(num_labels=CLASSES)).to(device)
 
 
 def real_batch(tokenizer: Any, data: str, rows: int, length: int, seed: int, device: str) -> Batch:

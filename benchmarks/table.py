@@ -105,7 +105,8 @@ def cache(report: dict[str, Any]) -> Iterable[str]:
     """What ``cache.py`` measured."""
     for shape in report["shapes"]:
         batch, rounds = _batch(shape["batch"]), shape["rounds"]
-        tier = {"memory": "from host memory", "disk": "from a cold disk"}[report["tier"]]
+        tiers = {"device": "from the GPU's memory", "memory": "from host memory", "disk": "from a cold disk"}
+        tier = tiers[report["tier"]]
         yield f"A fully cached step of {report['model']} {tier}, by depth, {batch}, median of {rounds} rounds:\n"
         yield from _rows(
             ["depth", "cached, ms", "truncated model, ms", "ratio", "95 % interval", "faster than uncached"],
