@@ -532,6 +532,7 @@ def test_writing_that_does_not_keep_up_is_no_lack_of_room(sized: bool, tmp_path:
     cached, plain = pair(store=disk, sized=sized)
     both(cached, plain, EPOCH)
     assert (cached.counts()["written"], cached.counts()["full"]) == (1, SAMPLES - 1)
+    assert not cached.limits
     begin.set()
     for start in (3, 6):
         disk.flush()

@@ -142,9 +142,10 @@ def test_what_a_rank_wrote_before_a_thaw_is_not_used_after_it(member: Open) -> N
     first, second = member(weights=weights.__getitem__), member(weights=weights.__getitem__)
     for store in (first, second):
         store.moved(2)
-    fill(first, range(5), 2)
     assert second.moved(1) == 0
+    fill(first, range(5), 2)  # put before the thaw, written and told after the other rank's
     assert first.moved(1) == 5
+    assert second.get_many([key(0)]) == [None]
     weights[2] = b"trained since..."
     for store in (first, second):
         store.moved(2)
@@ -270,6 +271,17 @@ def test_one_that_clears_alone_gives_no_slot_to_two(member: Open) -> None:
     assert_records(second, 5, 2)
     if isinstance(first, DiskStore):
         assert first.torn == second.torn == 0
+
+
+def test_what_is_told_of_a_slot_that_another_sample_has_by_now_is_not_believed(member: Open) -> None:
+    first, second = member(), member()
+    fill(first, range(10), 1)
+    assert_records(second, 10, 1)
+    first.clear()
+    fill(second, range(5), 2)
+    fill(first, range(20, 30), 1)  # before it has heard of that
+    assert first.get_many([key(n) for n in range(5)]) == [None] * 5
+    assert first.torn == 0
 
 
 def test_memory_that_is_cleared_is_given_back() -> None:
