@@ -43,8 +43,7 @@ class Recorder(TrainerCallback, ExportableState):
     Add it before ``attach``, so that it sees the end of a step before the engine acts on it.
 
     Args:
-        log: the run's event log, the one that ``frost`` writes too.
-        frost: the handle of the attached Trainer; set by :meth:`watch`.
+        log: the run's event log, the one that the engine writes too.
         title: what the progress bar calls this run.
         plain: no engine is at work (policy ``none``): the recorder then writes ``run``, ``checkpoint`` and ``resume``
             as well, and cuts the log back to the checkpoint when the run resumes.
@@ -84,7 +83,7 @@ class Recorder(TrainerCallback, ExportableState):
         self._reference: deque[float] = deque(maxlen=_REFERENCE)
 
     def watch(self, frost: Frost) -> None:
-        """Read depth and the engine's own seconds from ``frost``."""
+        """Read depth and the engine's own seconds from ``frost``, the handle of the attached Trainer."""
         self.frost = frost
 
     # -- state that travels in the checkpoint's trainer_state.json ----------------------------------

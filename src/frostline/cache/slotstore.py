@@ -14,14 +14,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from frostline.cache.files import SlotFile, write_all
 from frostline.cache.ranks import Circle
+from frostline.cache.reading import Reader
 from frostline.cache.slots import DTYPES, HEADER_BYTES, NEWS_BYTES, Entry, Slot, pack, pack_news, unpack_news
 from frostline.cache.store import HOST, Record, aligned
 
@@ -31,8 +30,6 @@ logger = logging.getLogger("frostline")
 
 # Bytes that may be read before they are asked for; where more are announced, the oldest batch is given up.
 _AHEAD = 256 << 20
-# Bytes of a record whose checksum takes less time than handing it to another thread.
-_SMALL = 64 << 10
 # Bytes of another rank's log that are read at a time.
 _NEWS = NEWS_BYTES << 12
 # Bytes that one thread reads ahead: it has a step's time for it, and more threads would take the step's processors.
@@ -71,7 +68,7 @@ class SlotStore:
         queued: int = 64 << 20, where: str, circle: Circle | None = None,
     ) -> None:  # fmt: skip
         self.budget, self.queued, self.where = budget, queued, where
-        self._prefix, self._threads = prefix, threads
+        self._prefix, self._reader = prefix, Reader(threads)
         self._own = {file.number: file for file in files}
         self._data = {file.number: file.data for file in files}  # of other ranks, too
         self._entries: dict[bytes, Entry] = {}
@@ -80,7 +77,6 @@ class SlotStore:
         self._line = _ANY_DEPTH
         self._closed = False
         self._lock = threading.RLock()
-        self._readers = ThreadPoolExecutor(threads, thread_name_prefix="frostline-read")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="frostline-ahead")
         self._coming: dict[bytes, tuple[Entry, Future[dict[bytes, Record]]]] = {}
         self._announced: OrderedDict[Future[dict[bytes, Record]], int] = OrderedDict()  # bytes not asked for yet
@@ -228,7 +224,7 @@ class SlotStore:
         self._queue.put(None)
         self._writer.join()
         self._ahead.shutdown()
-        self._readers.shutdown()
+        self._reader.close()
         self._coming.clear()
         for number in self._data.keys() - self._own.keys():
             os.close(self._data[number])
@@ -308,47 +304,10 @@ class SlotStore:
     # -- reading ---------------------------------------------------------------------------------------------
 
     def _fetch(self, wanted: dict[bytes, Entry], hands: int = _MANY) -> dict[bytes, Record]:
-        """Read slots side by side into one buffer, in the order of the files; a damaged one is forgotten."""
-        entries = sorted(wanted.values(), key=lambda entry: (entry.slot.file, entry.slot.offset))
-        if not entries:
-            return {}
-        hands = min(hands, self._threads, len(entries))
-        starts, total = [], 0
-        for entry in entries:
-            starts.append(total)
-            total += aligned(entry.nbytes)
-        buffer = torch.empty(total, dtype=torch.uint8)
-        values, headers = buffer.numpy().data, memoryview(bytearray(HEADER_BYTES * len(entries)))
-        sound = [False] * len(entries)
-
-        def parts(place: int) -> tuple[memoryview, memoryview]:
-            start = starts[place]
-            header = headers[HEADER_BYTES * place : HEADER_BYTES * (place + 1)]
-            return header, values[start : start + entries[place].nbytes]
-
-        def check(place: int) -> bool:
-            return entries[place].is_in(*parts(place))
-
-        def read(hand: int) -> None:
-            for place in range(hand, len(entries), hands):
-                entry = entries[place]
-                with suppress(OSError):
-                    file = self._data[entry.slot.file]
-                    whole = os.preadv(file, parts(place), entry.slot.offset) == HEADER_BYTES + entry.nbytes
-                    sound[place] = whole and (entry.nbytes < _SMALL or check(place))
-
-        if hands == 1:
-            read(0)
-        else:
-            list(self._readers.map(read, range(hands)))
-        found = {}
-        typed = {dtype: buffer.view(dtype) for dtype in {entry.dtype for entry in entries}}
-        for place, (start, entry) in enumerate(zip(starts, entries, strict=True)):
-            if sound[place] and (entry.nbytes >= _SMALL or check(place)):
-                value = typed[entry.dtype].as_strided(entry.shape, entry.strides, start // entry.dtype.itemsize)
-                found[entry.key] = Record(entry.depth, value)
-            else:
-                self._forget(entry)
+        """Read records; a damaged one is forgotten."""
+        found, unsound = self._reader.read(wanted.values(), self._data, hands)
+        for entry in unsound:
+            self._forget(entry)
         return found
 
     def _forget(self, entry: Entry) -> None:
