@@ -70,7 +70,7 @@ def accuracy(report: dict[str, Any]) -> Iterable[str]:
     seeds, loss, speed = found["seeds"], found["loss_points"], found["train_speedup"]
     low, high = loss["interval_95"]
     sides = {side: {run["seed"]: run for run in report["runs"] if run["side"] == side} for side in ("full", "ours")}
-    yield f"Recipe `{report['settings']['recipe']}`, {len(seeds)} seeds, both sides in turn in one run:\n"
+    yield f"Recipe `{report['settings']['recipe']}`, {len(seeds)} seeds, both sides interleaved in one run:\n"
     yield from _rows(
         ["seed", "test accuracy, full", "ours", "training, full", "ours", "speed-up", "frost line (step: depth)"],
         (

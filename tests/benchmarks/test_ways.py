@@ -8,8 +8,8 @@ import pytest
 from benchmarks.table import ways
 from benchmarks.ways import WAYS, Latching, compare
 
+from tests.cache.runs import BERT, EPOCH, train
 from tests.cache.sides import SAMPLES, Side
-from tests.cache.test_manager import BERT, EPOCH, train
 
 
 def side_with(manager: type) -> Side:

@@ -22,8 +22,8 @@ from frostline.cache.disk import DiskStore
 from frostline.cache.tiers import disk_of
 from tests.adapters.hosts import Rows, bert, trainer_for
 from tests.architectures import ARCHITECTURES
+from tests.cache.records import assert_records, filled, key, prefix, value
 from tests.cache.sides import ROWS, SAMPLES, batch_of
-from tests.cache.test_disk import assert_records, filled, key, prefix, value
 
 BERT = {a.name: a for a in ARCHITECTURES}["bert"]
 EPOCHS = 4

@@ -10,8 +10,8 @@ import torch
 
 from frostline.cache import CacheOptions
 from frostline.cache.codecs import CODECS
+from tests.cache.runs import BY_NAME, EPOCH, flush, pair, train
 from tests.cache.sides import SAMPLES
-from tests.cache.test_manager import BY_NAME, EPOCH, flush, pair, train
 
 # Largest error of a value, relative to the largest of its token.
 DECLARED = {"raw": 0.0, "bf16": 2**-8, "fp16": 2**-11, "int8": 0.5 / 127}

@@ -16,37 +16,7 @@ import pytest
 import torch
 
 from frostline.cache.disk import DiskStore
-from frostline.cache.slotstore import SlotStore
-
-WIDTH = 24
-
-
-def prefix(depth: int) -> bytes:
-    return bytes([depth]) * 16
-
-
-def key(number: int) -> bytes:
-    return number.to_bytes(16, "little")
-
-
-def value(number: int, depth: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1000 * depth + number)
-    return torch.randn(3 + number % 5, WIDTH, generator=generator)
-
-
-def filled(folder: Path, count: int = 20, depth: int = 1, *, keep: bool = False) -> DiskStore:
-    store = DiskStore(folder, 1 << 20, prefix=prefix, keep=keep)
-    for number in range(count):
-        assert store.put(key(number), depth, value(number, depth))
-    store.flush()
-    return store
-
-
-def assert_records(store: SlotStore, count: int, depth: int) -> None:
-    for number, record in enumerate(store.get_many([key(n) for n in range(count)])):
-        assert record is not None
-        assert record.depth == depth
-        assert torch.equal(record.value, value(number, depth))
+from tests.cache.records import assert_records, filled, key, prefix, value
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -232,7 +202,8 @@ def test_swapped_slots_are_never_used(tmp_path: Path) -> None:
 CHILD = """
     import sys
     from pathlib import Path
-    from tests.cache.test_disk import DiskStore, key, prefix, value
+    from frostline.cache.disk import DiskStore
+    from tests.cache.records import key, prefix, value
     store = DiskStore(Path(sys.argv[1]), 1 << 24, prefix=prefix)
     print("open", flush=True)
     depth = 1

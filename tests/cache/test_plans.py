@@ -17,8 +17,8 @@ from frostline.cache.cost import Price, seconds_of
 from frostline.cache.disk import DiskStore
 from frostline.cache.plans import Plan, Plans
 from frostline.cache.tiers import Tiers
+from tests.cache.runs import BERT, EPOCH, both, flush, pair, train
 from tests.cache.sides import SAMPLES, Side
-from tests.cache.test_manager import BERT, EPOCH, both, flush, pair, train
 
 PAYS = Price(computing=1e-3, writing=1e-5, reading=1e-5, nbytes=100)
 DOES_NOT = PAYS._replace(computing=5e-6)

@@ -18,7 +18,7 @@ from frostline.cache.disk import LOCK, DiskStore
 from frostline.cache.ranks import Circle
 from frostline.cache.shared import SharedStore
 from frostline.cache.slotstore import SlotStore
-from tests.cache.test_disk import assert_records, key, prefix, value
+from tests.cache.records import assert_records, key, prefix, value
 from tests.ranks import launch
 
 Open = Callable[..., SlotStore]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.cache.test_disk import filled
+from tests.cache.records import filled
 from tests.cli.test_cli import invoke
 
 
