@@ -67,6 +67,7 @@ bench: $(STAMP) ## measure everything the README quotes (about two hours on a qu
 	$(BIN)/python benchmarks/cache.py minilm --rounds 5 --threads 2
 	$(BIN)/python benchmarks/cache.py minilm --tier disk --rounds 5 --threads 2
 	$(BIN)/python benchmarks/disk.py
+	$(BIN)/python benchmarks/gradients.py trec --threads 2
 	$(BIN)/python benchmarks/table.py
 
 bench-gpu: $(STAMP) ## measure the tiers on a GPU, BERT-base's shape, at most 512 tokens (some minutes)

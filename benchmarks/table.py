@@ -171,11 +171,76 @@ def ways(report: dict[str, Any]) -> Iterable[str]:
     yield _machine({"device": "cpu", **report})
 
 
+def memory(report: dict[str, Any]) -> Iterable[str]:
+    """What ``memory.py`` measured of memory."""
+    modes = {mode["mode"]: mode for mode in report["modes"]}
+    size = f"{report['rows']} x {report['length']} tokens" if report["length"] else f"{report['rows']} images"
+    plain = modes.get("full, eager attention") or modes["full"]
+    yield f"Memory of a training step, {report['shape']}-base, {size}, fp32, AdamW, MB:\n"
+    yield from _rows(
+        ["way", "saved for backward", "smaller", "peak of the step", "smaller", "resident"],
+        (
+            [
+                name,
+                f"{mode['saved'] / 1e6:,.0f}",
+                f"{plain['saved'] / mode['saved']:.1f}x",
+                f"{mode['peak'] / 1e6:,.0f}",
+                f"{plain['peak'] / mode['peak']:.2f}x",
+                f"{mode['resident'] / 1e6:,.0f}",
+            ]
+            for name, mode in modes.items()
+        ),
+    )
+    yield ""
+    yield _machine(report)
+
+
+def memory_time(report: dict[str, Any]) -> Iterable[str]:
+    """What ``memory.py`` measured of time."""
+    size = f"{report['rows']} x {report['length']} tokens" if report["length"] else f"{report['rows']} images"
+    yield f"A step with compression against the same step without, {report['shape']}-base, {size}:\n"
+    yield from _rows(
+        ["way", "level", "without, s", "with, s", "ratio", "95 % interval"],
+        (
+            [
+                row["mode"],
+                row["level"],
+                *(f"{row['seconds'][level]['median']:.2f}" for level in ("off", row["level"])),
+                *_ratio(row["ratio"]),
+            ]
+            for row in report["modes"]
+        ),
+    )
+    yield ""
+    yield _machine(report)
+
+
+def gradients(report: dict[str, Any]) -> Iterable[str]:
+    """What ``gradients.py`` measured."""
+    yield (
+        f"Compressed gradients against exact ones, {report['model']} after {report['steps']} steps on "
+        f"{report['recipe']}, least cosine over {report['batches']} batches:\n"
+    )
+    parts = list(next(iter(report["levels"].values()))["cosines"])
+    yield from _rows(
+        ["level", "kept for backward", *parts],
+        (
+            [level, f"{row['smaller']:.1f}x less", *(f"{row['cosines'][part]:.4f}" for part in parts)]
+            for level, row in report["levels"].items()
+        ),
+    )
+    yield ""
+    yield _machine(report)
+
+
 # By what a file's name begins with.
 TABLES: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "accuracy": accuracy,
     "cache": cache,
     "disk": disk,
+    "gradients": gradients,
+    "memory": memory,
+    "memory_time": memory_time,
     "step_time": step_time,
     "ways": ways,
 }

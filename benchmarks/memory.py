@@ -1,0 +1,195 @@
+"""What training takes of memory, and of time, in each of a dozen ways; random weights of base size.
+
+    python benchmarks/memory.py bert --rows 32 --length 128 --threads 2   # writes results/memory-bert-32x128.json
+    python benchmarks/memory.py bert --part time --rows 8 --threads 2     # writes results/memory_time-bert-8x128.json
+
+memory  Each mode in a process of its own. ``saved``: bytes that autograd keeps, storages counted once, parameters not.
+        ``peak``: the most bytes alive at any moment of a whole step, weights, moments, gradients and temporaries
+        included, counted by storages. ``resident``: the same as the operating system sees it (a second step, without
+        counting). On a GPU ``peak`` is what its allocator reports.
+time    A step of each compressed mode against the same mode uncompressed, in turn in one process. Target: at most
+        1.30 on a CPU, 1.15 on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+if not __package__:  # run as a script: its siblings are found from the root of the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.modes import MODES, Mode, build  # noqa: E402
+from benchmarks.timing import paired_ratio, seconds_per_call, spread  # noqa: E402
+from frostline.events import environment  # noqa: E402
+from frostline.memory import LiveBytes, footprint  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+TARGET = {"cpu": 1.30, "cuda": 1.15}
+# Modes that are timed against themselves without compression.
+_TIMED = ("full", "resting 0.9", "half frozen", "gradient checkpointing")
+_TIMED_LEVELS = ("safe", "slimfit", "max")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    if options.mode:
+        print(json.dumps(measure_memory(MODES[options.mode], options)))
+        return 0
+    size = f"{options.rows}x{options.length}" if options.shape == "bert" else str(options.rows)
+    kind = "memory" if options.part == "memory" else "memory_time"
+    out = options.out or RESULTS / f"{kind}-{options.shape}-{size}.json"
+    report = {
+        "shape": options.shape,
+        "rows": options.rows,
+        "length": options.length if options.shape == "bert" else None,
+        "command": shlex.join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "seed": options.seed,
+        "device": options.device,
+        "environment": environment(),
+        "load": os.getloadavg()[0],
+        "modes": _alone(options) if options.part == "memory" else measure_time(options),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(out)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", nargs="?", choices=("bert", "vit"), default="bert")
+    parser.add_argument("--part", choices=("memory", "time"), default="memory")
+    parser.add_argument("--rows", type=int, default=32, help="samples in a batch (default 32)")
+    parser.add_argument("--length", type=int, default=128, help="tokens in a sample (default 128)")
+    parser.add_argument("--rounds", type=int, default=8, help="timed rounds (default 8)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="results file")
+    parser.add_argument("--mode", choices=sorted(MODES), help="measure the memory of this mode here, and print it")
+    return parser
+
+
+# -- memory -----------------------------------------------------------------------------------------------
+
+
+def _alone(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every mode in a process of its own: what one has left behind counts for no other."""
+    found = []
+    for name in tqdm(MODES, desc="modes"):
+        command = [
+            sys.executable, __file__, options.shape, "--mode", name, "--rows", str(options.rows), "--length",
+            str(options.length), "--threads", str(options.threads), "--device", options.device, "--seed",
+            str(options.seed),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"mode {name!r} failed:\n{done.stderr}")
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    return found
+
+
+def measure_memory(mode: Mode, options: argparse.Namespace) -> dict[str, Any]:
+    """Bytes of one mode: saved, at the peak, resident."""
+    before = _resident()
+    training = build(mode, options.shape, options.rows, options.length, options.seed, options.device)
+    training.settle(options.seed)
+    cuda = options.device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        training.step()
+        peak, resident = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest mark starts anew
+        training.step()
+        resident = _highest() - before
+        with LiveBytes(training.tensors()) as live:
+            training.step()
+        peak = live.peak
+    if training.compressor is not None:
+        training.compressor.detach()
+    kept = footprint(training.model, training.stack.blocks, ((), training.inputs), mode.level)
+    return {
+        "mode": mode.name,
+        "method": mode.method,
+        "level": mode.level,
+        "weights": sum(t.numel() * t.element_size() for t in training.model.parameters()),
+        "moments": sum(t.numel() * t.element_size() for t in training.tensors()) - sum(
+            t.numel() * t.element_size()
+            for t in (*training.model.parameters(), *training.model.buffers(), *training.inputs.values())
+        ),
+        "saved": kept.total,
+        "saved_by_operation": kept.by_operation(),
+        "peak": peak,
+        "resident": resident,
+    }  # fmt: skip
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _resident() -> int:
+    return _status("VmRSS:")
+
+
+def _highest() -> int:
+    return _status("VmHWM:")
+
+
+# -- time -------------------------------------------------------------------------------------------------
+
+
+def measure_time(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds a step of each mode and level against the mode alone, in turn."""
+    found = []
+    for base in tqdm(_TIMED, desc="modes"):
+        levels = ("slimfit",) if base == "gradient checkpointing" else _TIMED_LEVELS
+        trainings = {
+            mode.level: build(mode, options.shape, options.rows, options.length, options.seed, options.device)
+            for mode in (MODES[base], *(MODES[base].compressed(level) for level in levels))
+        }
+        for training in trainings.values():
+            training.settle(options.seed)
+        samples: dict[str, list[float]] = {level: [] for level in trainings}
+        order = random.Random(options.seed)
+        for _ in range(options.rounds):
+            for level in order.sample(list(trainings), len(trainings)):
+                samples[level].append(seconds_per_call(trainings[level].step, 1, options.device))
+        for level in levels:
+            ratio = paired_ratio(samples[level], samples["off"], options.seed)
+            target = TARGET[torch.device(options.device).type]
+            found.append(
+                {
+                    "mode": base,
+                    "level": level,
+                    "ratio": ratio,
+                    "target": target,
+                    "met": ratio["median"] <= target,
+                    "seconds": {name: spread(values) for name, values in samples.items()},
+                    "samples": samples,
+                }
+            )
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Attention of which only the queries, keys and values are kept; it is computed again in the backward pass.
+
+Nothing else that attention saves is kept (probabilities, dropout, its output); the random state is, so that dropout
+falls the same way twice. It stands in for ``scaled_dot_product_attention``, whoever calls it. The forward pass is that
+of the function itself, with gradients enabled, so that the same kernel is chosen: its output is the same bit for bit.
+
+Source: prototypes.md B3 ("slimattn"); recomputing attention alone is FlashAttention's trade (arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
+
+from frostline.memory.formats import nothing_packed
+
+__all__ = ["attention", "recomputed_attention"]
+
+attention = torch.nn.functional.scaled_dot_product_attention
+
+
+def recomputed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """``scaled_dot_product_attention`` of ``[..., length, width]``, which saves its three inputs and nothing else.
+
+    It has no second derivative: a backward pass with ``create_graph`` raises RuntimeError.
+    """
+    asked = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, **options}
+    out: Tensor = _Recomputed.apply(query, key, value, asked)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Ambience(NamedTuple):
+    """What decides how attention runs, beside its arguments."""
+
+    device: torch.device
+    random: Tensor | None
+    autocast: bool
+    dtype: torch.dtype
+    kernels: list[SDPBackend]
+
+    @classmethod
+    def now(cls, device: torch.device, *, random: bool) -> _Ambience:
+        kind, state = device.type, _random_state(device) if random else None
+        kernels = _cur_sdpa_kernel_backends(with_priority=True)
+        return cls(device, state, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), kernels)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """The same precision, kernels and random numbers; the state of the generator is put back."""
+        here = _random_state(self.device) if self.random is not None else None
+        if self.random is not None:
+            _set_random_state(self.device, self.random)
+        try:
+            with (
+                torch.autocast(self.device.type, self.dtype, enabled=self.autocast, cache_enabled=False),
+                sdpa_kernel(self.kernels, set_priority=True),
+            ):
+                yield
+        finally:
+            if here is not None:
+                _set_random_state(self.device, here)
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, asked: dict[str, Any]) -> Tensor:
+        ctx.ambience, ctx.asked = _Ambience.now(query.device, random=asked["dropout_p"] > 0), asked
+        ctx.save_for_backward(query, key, value)
+        # The graph of this pass is thrown away at once.
+        with torch.enable_grad(), nothing_packed():
+            query, key, value = _leaves((query, key, value), ctx.needs_input_grad)
+            return attention(query, key, value, **asked).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "compressed attention is computed again in the backward pass and has no second derivative "
+                "(create_graph=True): use memory level 'off' or 'published'"
+            )
+        inputs = query, key, value = _leaves(ctx.saved_tensors, ctx.needs_input_grad)
+        # A backward pass inside of a forward pass must not meet what stands in for attention there.
+        with torch._C.DisableTorchFunction(), torch.enable_grad(), nothing_packed(), ctx.ambience.again():
+            out = attention(query, key, value, **ctx.asked)
+        found = iter(torch.autograd.grad(out, [t for t in inputs if t.requires_grad], gradients))
+        return (*(next(found) if tensor.requires_grad else None for tensor in inputs), None)
+
+
+def _leaves(tensors: Iterable[Tensor], wanted: Iterable[bool]) -> list[Tensor]:
+    return [tensor.detach().requires_grad_(want) for tensor, want in zip(tensors, wanted, strict=False)]
+
+
+def _random_state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)

@@ -1,0 +1,82 @@
+"""A code book over the derivative of an activation function.
+
+The backward pass of an elementwise function f uses its input x only through f'(x). So instead of x it is enough to keep
+which of 16 levels f'(x) is nearest to, and to hand back some x whose derivative is that level: the native backward then
+computes the level itself. There is no scale and nothing is cut off. The levels hold 0 and 1 exactly, because most units
+are dead or linear, and an error that all of them share would add up (prototypes.md B3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from frostline.memory.formats import ByRow, nothing_packed
+
+__all__ = ["FUNCTIONS", "CodeBook"]
+
+FUNCTIONS = {
+    "gelu": lambda x: torch.nn.functional.gelu(x),
+    "gelu-tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "silu": lambda x: torch.nn.functional.silu(x),
+}
+"""Functions whose derivative falls to a least value, rises through its whole range, and settles at 1."""
+
+# Beyond it every derivative above is 0 or 1 to fp32.
+_REACH = 24.0
+_GRID = 1 << 19
+
+
+class _Book(NamedTuple):
+    ends: Tensor  # where the nearest level changes, ascending
+    codes: Tensor  # the level between two ends, one more than ends
+    inputs: Tensor  # [16]: an input whose derivative is the level
+
+
+@dataclass(frozen=True)
+class CodeBook(ByRow):
+    """Four bits for the input of a function of :data:`FUNCTIONS`."""
+
+    function: str
+
+    @property
+    def bits(self) -> int:
+        return 4
+
+    def encode(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        book = _book(self.function, rows.device)
+        between = torch.bucketize(rows, book.ends, out_int32=True)
+        return book.codes.index_select(0, between.view(-1)).view_as(rows), None
+
+    def decode(self, codes: Tensor, scales: Tensor | None) -> Tensor:
+        book = _book(self.function, codes.device)
+        return book.inputs.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+
+
+@lru_cache(maxsize=32)
+def _book(function: str, device: torch.device) -> _Book:
+    """The levels of ``function`` and where they lie, from its derivative on a fine grid."""
+    # It is first asked for while a model's forward pass is packed: what is saved here is none of it.
+    with nothing_packed(), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        x = torch.linspace(-_REACH, _REACH, _GRID + 1, dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(FUNCTIONS[function](x).sum(), x)
+    grid = x.detach()
+    least, most = int(slope.argmin()), int(slope.argmax())
+    low, high = float(slope[least]), float(slope[most])
+    levels = torch.tensor([low, low / 2, 0.0, *(k / 12 for k in range(1, 13)), high], dtype=torch.float64)
+    # Between two levels the border is their middle: count how many borders a slope has passed.
+    codes = torch.bucketize(slope, (levels[1:] + levels[:-1]) / 2)
+    changes = (codes[1:] != codes[:-1]).nonzero().view(-1)
+    ends = (grid[changes] + grid[changes + 1]) / 2
+    # From the least to the most the derivative only rises: there each level has one input.
+    rising, at = slope[least : most + 1], grid[least : most + 1]
+    above = torch.searchsorted(rising, levels).clamp_(1, rising.numel() - 1)
+    share = (levels - rising[above - 1]) / (rising[above] - rising[above - 1])
+    inputs = at[above - 1] + share.clamp_(0, 1) * (at[above] - at[above - 1])
+    inputs[0], inputs[-1] = at[0], at[-1]
+    own = torch.cat((codes[:1], codes[changes + 1]))
+    return _Book(ends.float().to(device), own.to(torch.uint8).to(device), inputs.float().to(device))

@@ -1,0 +1,146 @@
+"""The compressor: for each training pass of a model, what autograd saves is packed.
+
+Forward values stay exact; only what the backward pass reads is approximate. It works by type of operation and never
+by model, through two things that torch offers: hooks on saved tensors, and a mode that sees the operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frostline.errors import ModelError
+from frostline.memory.attention import attention, recomputed_attention
+from frostline.memory.levels import Level, level_named
+from frostline.memory.operations import Call, Role, Watch
+from frostline.memory.saved import Kept, Ledger, Shelf
+from frostline.trace import unwrap
+
+__all__ = ["Compressor", "compressing"]
+
+
+class compressing:  # noqa: N801 - a context manager, used like a function
+    """Pack what autograd saves inside of the ``with`` block.
+
+    Args:
+        model: whose parameters and buffers are left alone.
+        level: name of a level (:data:`~frostline.memory.levels.LEVELS`), or a level.
+        ledger: is told of what is kept.
+
+    Only the innermost pair of saved-tensor hooks acts: inside a checkpointed block that is checkpointing's own, so
+    that nothing of the block is packed, and its inputs are kept exactly. The backward pass belongs outside.
+    """
+
+    def __init__(self, model: nn.Module, level: str | Level, ledger: Ledger | None = None) -> None:
+        level = level_named(level) if isinstance(level, str) else level
+        self._shelf = Shelf(level, (*model.parameters(), *model.buffers()), ledger)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        replaced = {attention: self._attention} if level.attention is not None else {}
+        self._watch = Watch(replaced, self._done)
+
+    def __enter__(self) -> None:
+        self._hooks.__enter__()
+        self._watch.__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._watch.__exit__(kind, error, at)  # type: ignore[no-untyped-call]
+        self._hooks.__exit__(kind, error, at)
+        self._shelf.clear()
+
+    def _pack(self, saved: Tensor) -> Kept:
+        return self._shelf.pack(saved, self._watch.call)
+
+    def _done(self, call: Call, out: Any) -> None:
+        if call.name == "dropout":
+            self._shelf.dropped(call.args[0], out, float(call.argument(1, "p", 0.5)))
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Attention that is computed again in the backward pass, where that is possible and something is won."""
+        mask = args[0] if args else kwargs.get("attn_mask")
+        learned = isinstance(mask, Tensor) and mask.requires_grad  # its gradient comes from what would not be kept
+        trains = query.requires_grad or key.requires_grad or value.requires_grad
+        chosen = recomputed_attention if trains and not learned and self._innermost() else attention
+        return chosen(query, key, value, *args, **kwargs)
+
+    def _innermost(self) -> bool:
+        """Whether it is our hooks that act: a checkpointed block must save the same when it runs again."""
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return top is not None and top[0] == self._pack
+
+
+class Compressor:
+    """Packs what every training pass of ``model`` saves, until :meth:`detach`.
+
+    Args:
+        model: any module; DDP is looked through.
+        level: name of a level.
+        entries: modules inside of it that a loop may call in its place (Lightning calls inner ones).
+
+    Attributes:
+        kept: the most bytes that any pass has kept for its backward pass, weights not counted.
+
+    Raises:
+        ConfigError: an unknown level.
+        ModelError: a compiled model: its compiler decides what is saved.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        level: str = "slimfit",
+        *,
+        entries: Iterable[nn.Module] = (),
+    ) -> None:
+        self.level = level_named(level)
+        if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+            raise ModelError(
+                "a compiled model is not compressed: its compiler decides what is saved; train it without "
+                "torch.compile, or with memory level 'off'"
+            )
+        self.kept = self._keeps = 0
+        self._model = unwrap(model)
+        self._inside: tuple[nn.Module, compressing] | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        for module in dict.fromkeys((self._model, *entries)):
+            # First of all hooks: the freezer's put the model in eval mode, what runs here must find it in train mode.
+            self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def detach(self) -> None:
+        """Take the hooks away: the model saves whole tensors again."""
+        self._end()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        # The cache runs the model again inside of a pass, without gradients: that is part of the pass.
+        if not module.training or not torch.is_grad_enabled() or self.level.name == "off":
+            return
+        if self._inside is not None and self._inside[0] is module:
+            self._end()  # an interrupt (Ctrl-C) cut the last pass off before its end
+        if self._inside is None:
+            self._keeps = 0
+            self._inside = module, compressing(self._model, self.level, self._count)
+            self._inside[1].__enter__()
+
+    def _count(self, operation: str, role: Role, nbytes: int) -> None:
+        self._keeps += nbytes
+        self.kept = max(self.kept, self._keeps)
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        if self._inside is not None and self._inside[0] is module and torch.is_grad_enabled():
+            self._end()
+
+    def _end(self) -> None:
+        if self._inside is not None:
+            (_, running), self._inside = self._inside, None
+            running.__exit__(None, None, None)
+
+
+def _unpack(kept: Kept) -> Tensor:
+    return kept.restore()

@@ -1,0 +1,112 @@
+"""Levels: how far the tensors that autograd saves are compressed, role by role."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from frostline.errors import ConfigError, choices_message
+from frostline.memory.codebook import CodeBook
+from frostline.memory.formats import Bits, FixedPoint, Format, Noise, Pruned, Rows
+from frostline.memory.operations import Call, Role, activation_of
+
+__all__ = ["LEVELS", "Level", "level_named"]
+
+_EIGHT, _FOUR, _UNSIGNED = Rows(8), Rows(4), Rows(8, signed=False)
+_PUBLISHED_EIGHT = FixedPoint(3, 4)
+
+
+@dataclass(frozen=True)
+class Level:
+    """The format of each role; ``None`` keeps what is saved as it is.
+
+    ``activation`` and ``resting_norm`` may be words, because their format depends on the call: ``"code book"`` (four
+    bits of the derivative) and ``"pruned"`` (the largest tenth of the normalised values). ``attention``: what the
+    queries, keys and values are kept in, from which the backward pass computes attention again; ``None``: whatever
+    attention saves is compressed by role instead. ``masks``: booleans, and noise, as bits. ``slices``: a small piece of
+    a large tensor is copied, so that it does not hold all of it.
+    """
+
+    name: str
+    summary: str
+    linear: Format | None = None
+    wide: Format | None = None
+    matmul: Format | None = None
+    probabilities: Format | None = None
+    activation: Format | str | None = None
+    norm: Format | None = None
+    resting_norm: Format | str | None = None
+    batch_norm: Format | None = None
+    elementwise: Format | None = None
+    attention: Format | None = None
+    masks: bool = True
+    slices: bool = True
+
+    def format_of(self, role: Role, call: Call, saved: Tensor) -> Format | None:
+        """How a saved tensor of ``role`` is kept."""
+        match role:
+            case Role.ACTIVATION if self.activation == "code book":
+                return CodeBook(activation_of(call))
+            case Role.RESTING_NORM if self.resting_norm == "pruned":
+                return _pruned(call, saved)
+            case Role.NOISE:
+                return Noise() if self.masks else None
+            case Role.SIGN:
+                return Bits() if self.masks else None
+        found = getattr(self, role.name.lower(), None)
+        return found if isinstance(found, Format) else None
+
+
+def _pruned(call: Call, saved: Tensor) -> Format | None:
+    """Pruning of the input of a LayerNorm over the last dimension; of other normalisations nothing is published."""
+    width = saved.shape[-1]
+    last = call.name == "layer_norm" and tuple(call.argument(1, "normalized_shape", ())) == (width,)
+    if not last or not saved.is_contiguous():
+        return None
+    return Pruned(width, float(call.argument(4, "eps", 1e-5)))
+
+
+_SAFE = Level(
+    "safe",
+    "8 bits everywhere; gradients within a cosine of 0.999",
+    linear=_EIGHT, wide=_EIGHT, matmul=_EIGHT, probabilities=_UNSIGNED, activation=_EIGHT,
+    norm=_EIGHT, resting_norm=_EIGHT, batch_norm=_EIGHT, elementwise=_EIGHT, attention=_EIGHT,
+)  # fmt: skip
+
+LEVELS = {
+    level.name: level
+    for level in (
+        Level("off", "nothing is compressed", masks=False, slices=False),
+        _SAFE,
+        Level(
+            "slimfit",
+            "8 bits, 4 bits for the derivative of GELU and for normalisations that rest; within a cosine of 0.99",
+            linear=_EIGHT, wide=_EIGHT, matmul=_EIGHT, probabilities=_UNSIGNED, activation="code book",
+            norm=_EIGHT, resting_norm=_FOUR, batch_norm=_EIGHT, elementwise=_EIGHT, attention=_EIGHT,
+        ),
+        Level(
+            "published",
+            "SlimFit's released formats: fixed point, and pruning of normalisations that rest",
+            wide=_PUBLISHED_EIGHT, matmul=_PUBLISHED_EIGHT, probabilities=FixedPoint(0, 8, signed=False),
+            activation=FixedPoint(2, 1), resting_norm="pruned",
+        ),
+        Level(
+            "max",
+            "4 bits wherever gradients bear it",
+            linear=_EIGHT, wide=_EIGHT, matmul=_EIGHT, probabilities=_UNSIGNED, activation="code book",
+            norm=_FOUR, resting_norm=_FOUR, batch_norm=_EIGHT, elementwise=_EIGHT, attention=_FOUR,
+        ),
+    )
+}  # fmt: skip
+
+
+def level_named(name: str) -> Level:
+    """The level called ``name``.
+
+    Raises:
+        ConfigError: there is none; the message lists them.
+    """
+    if name not in LEVELS:
+        raise ConfigError(choices_message("memory level", name, LEVELS))
+    return LEVELS[name]

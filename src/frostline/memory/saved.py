@@ -1,0 +1,215 @@
+"""What autograd keeps in place of the tensors that it saves: packed once, unpacked whenever backward asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from frostline.memory.formats import Bits, Content, Format, Packed, Product
+from frostline.memory.levels import Level
+from frostline.memory.operations import Call, Role, role_of
+
+__all__ = ["Kept", "Ledger", "Shelf"]
+
+# Values below which packing saves less than it costs.
+SMALL = 4096
+
+
+class Kept(Protocol):
+    """What stands in autograd's graph for a saved tensor."""
+
+    def restore(self) -> Tensor:
+        """The tensor, or what is left of it."""
+
+
+class Ledger(Protocol):
+    """Is told of every saved tensor that takes memory of its own."""
+
+    def __call__(self, operation: str, role: Role, nbytes: int) -> None:
+        """``nbytes`` are kept that were not before; ``operation`` saved them."""
+
+
+class _Raw:
+    """The tensor itself. Hooks switch autograd's own check of in-place changes off, so it is made here."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor, version: int) -> None:
+        # Not the tensor that was given: where an operation saves its output, that would be a cycle through its node.
+        self.tensor, self.version = tensor.detach(), version
+
+    def restore(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.tensor.shape)} that the backward pass needs was changed in place: it "
+                f"is at version {self.tensor._version}, version {self.version} was saved"
+            )
+        return self.tensor
+
+
+class _View:
+    """Packed values, and the shape in which an operation saved them."""
+
+    __slots__ = ("content", "shape", "strides")
+
+    def __init__(self, content: Content, shape: torch.Size, strides: tuple[int, ...]) -> None:
+        self.content, self.shape, self.strides = content, shape, strides
+
+    def restore(self) -> Tensor:
+        return self.content.restore().as_strided(self.shape, self.strides)
+
+
+class _Place(NamedTuple):
+    """Where values lie: a live storage, a stretch of it, and how often it was written."""
+
+    storage: int
+    offset: int
+    values: int
+    dtype: torch.dtype
+    version: int
+
+
+class Shelf:
+    """Packs what one forward pass saves.
+
+    One tensor saved by several operations is packed once. It is known by its storage, of which a weak reference is
+    held: an address alone is given to the next tensor as soon as this one dies.
+
+    Args:
+        level: what is kept in which format.
+        parameters: the storages that are not activations are those of these tensors.
+        ledger: is told what is saved and what is kept.
+    """
+
+    def __init__(self, level: Level, parameters: Iterable[Tensor], ledger: Ledger | None = None) -> None:
+        self.level, self._ledger = level, ledger
+        self._alive: dict[int, StorageWeakRef] = {}
+        self._parameters = {self._hold(tensor) for tensor in parameters}
+        self._contents: dict[_Place, dict[Format, Content]] = {}
+        self._probabilities: dict[_Place, Content] = {}
+        self._products: dict[_Place, Product] = {}
+        self._raw: set[int] = set()
+        self._noise: Content | None = None
+
+    def pack(self, saved: Tensor, call: Call | None) -> Kept:
+        """Keep ``saved``, which the operation ``call`` needs in the backward pass (``None``: it is not known)."""
+        if saved.layout != torch.strided:
+            return _Raw(saved, saved._version)
+        storage = saved.untyped_storage()._cdata
+        if storage in self._parameters:
+            return _Raw(saved, saved._version)
+        role, how = self._format(saved, call)
+        if how is None or storage in self._raw:
+            return self._keep(saved, call.name if call is not None else "other", role)
+        self._hold(saved)
+        kept, content, new = self._pack(saved, how)
+        if call is not None and call.name == "dropout":
+            self._noise = content
+        if role is Role.PROBABILITIES:
+            self._probabilities[_place(saved)] = content
+        if new:
+            self._tell(call.name if call is not None else "other", role, content.nbytes)
+        return kept
+
+    def dropped(self, given: Tensor, out: Tensor, share: float) -> None:
+        """Dropout made ``out`` of ``given``: where ``given`` are probabilities that are kept, ``out`` need not be."""
+        noise, self._noise = self._noise, None
+        source = self._probabilities.get(_place(given))
+        if noise is None or source is None or not given.is_contiguous() or not out.is_contiguous():
+            return
+        self._hold(out)
+        self._products[_place(out)] = Product(source, noise, 1.0 / (1.0 - share))
+
+    def clear(self) -> None:
+        """Forget what was saved: the backward pass has it, and the next pass saves anew."""
+        self._contents.clear()
+        self._probabilities.clear()
+        self._products.clear()
+        self._raw.clear()
+        self._alive.clear()
+        self._noise = None
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _format(self, saved: Tensor, call: Call | None) -> tuple[Role, Format | None]:
+        if saved.numel() < SMALL or _repeats(saved):
+            return Role.EXACT, None
+        if saved.dtype == torch.bool:
+            return Role.NOISE, Bits() if self.level.masks else None
+        if not saved.is_floating_point() or call is None:
+            return Role.EXACT, None
+        role = role_of(call, saved)
+        return role, self.level.format_of(role, call, saved)
+
+    def _pack(self, saved: Tensor, how: Format) -> tuple[Kept, Content, bool]:
+        """The tensor as kept in ``how``, its content, and whether that is new."""
+        values, strides = _in_memory_order(saved)
+        place = _place(saved)
+        known = self._contents.setdefault(place, {}) if strides is not None else {}
+        product = self._products.get(place) if strides is not None else None
+        content: Content | None = known.get(how) or product
+        new = content is None
+        if content is None:
+            content = known[how] = Packed(how, values.detach())
+        return _View(content, saved.shape, strides or _contiguous(saved.shape)), content, new
+
+    def _keep(self, saved: Tensor, operation: str, role: Role) -> Kept:
+        """Keep a tensor as it is; a small piece of a large one is copied, so that it does not hold all of it."""
+        storage = saved.untyped_storage()
+        if storage._cdata in self._raw:
+            return _Raw(saved, saved._version)
+        nbytes = saved.numel() * saved.element_size()
+        if self.level.slices and 2 * nbytes < storage.nbytes() and not _repeats(saved):
+            self._tell(operation, role, nbytes)
+            copy = saved.detach().clone()
+            return _Raw(copy, copy._version)
+        self._hold(saved)
+        self._raw.add(storage._cdata)
+        self._tell(operation, role, storage.nbytes())
+        return _Raw(saved, saved._version)
+
+    def _hold(self, tensor: Tensor) -> int:
+        """The storage of ``tensor``, as a number that no other is given until :meth:`clear`."""
+        storage = tensor.untyped_storage()
+        number: int = storage._cdata
+        if number not in self._alive:
+            self._alive[number] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        return number
+
+    def _tell(self, operation: str, role: Role, nbytes: int) -> None:
+        if self._ledger is not None:
+            self._ledger(operation, role, nbytes)
+
+
+def _place(tensor: Tensor) -> _Place:
+    storage = tensor.untyped_storage()._cdata
+    return _Place(storage, int(tensor.storage_offset()), tensor.numel(), tensor.dtype, tensor._version)
+
+
+def _in_memory_order(tensor: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
+    """The values of ``tensor`` as they lie in memory, and its strides; of one with gaps a copy, and ``None``."""
+    if tensor.is_contiguous():
+        return tensor.view(-1), tensor.stride()
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
+    laid = tensor.permute(order)
+    if laid.is_contiguous():
+        return laid.reshape(-1), tensor.stride()
+    return tensor.reshape(-1), None
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Whether values stand for several (an expanded tensor): it is large in shape only."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _contiguous(shape: torch.Size) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(1, size)
+    return tuple(reversed(strides))

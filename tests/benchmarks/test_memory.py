@@ -1,0 +1,75 @@
+"""``benchmarks/memory.py`` and ``gradients.py`` on tiny shapes: they measure, and what they measure makes sense."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.gradients import compare
+from benchmarks.memory import measure_memory, measure_time
+from benchmarks.modes import MODES
+from benchmarks.table import gradients, memory, memory_time
+
+from benchmarks import modes
+from tests.memory.steps import everything_packs
+
+OPTIONS = Namespace(shape="bert", rows=4, length=32, seed=0, device="cpu", rounds=2)
+MACHINE = {"processor": "a processor", "threads": 1, "packages": {"torch": "1"}}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import transformers
+
+    whole = transformers.BertConfig
+
+    def tiny(**options: Any) -> transformers.BertConfig:
+        return whole(
+            vocab_size=64, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
+            max_position_embeddings=32, **options,
+        )  # fmt: skip
+
+    monkeypatch.setattr(transformers, "BertConfig", tiny)
+    with everything_packs():
+        yield
+
+
+def test_every_way_is_smaller_where_it_says_so() -> None:
+    found = {name: measure_memory(mode, OPTIONS) for name, mode in MODES.items()}
+    full = found["full"]
+    for name in ("resting 0.9", "half frozen", "gradient checkpointing", "LoRA r=8"):
+        assert found[name]["saved"] < full["saved"], name
+        packed = found.get(f"{name} + slimfit")
+        assert packed is None or packed["saved"] < 0.5 * found[name]["saved"], name
+    assert found["full + slimfit"]["peak"] < full["peak"]
+    assert found["resting 0.9, moments of active layers + slimfit"]["moments"] < 0.5 * full["moments"]
+    assert full["moments"] == pytest.approx(2 * full["weights"], rel=0.01)
+    report = {"shape": "bert", "rows": 4, "length": 32, "device": "cpu", "date": "today", "command": "make"}
+    table = "\n".join(memory({**report, "environment": MACHINE, "modes": list(found.values())}))
+    assert "| resting 0.9 + max |" in table
+    times = measure_time(OPTIONS)
+    assert {row["mode"] for row in times} >= {"full", "resting 0.9", "half frozen"}
+    assert all(row["ratio"]["pairs"] == 2 for row in times)
+    assert "| full | slimfit |" in "\n".join(memory_time({**report, "environment": MACHINE, "modes": times}))
+
+
+def test_cosines_by_part() -> None:
+    training = modes.build(MODES["full"], "bert", 4, 32, 0, "cpu")
+    found = compare(training.model, [training.inputs])
+    assert list(found["safe"]["cosines"]) == ["stem", "block 0", "block 1", "block 2", "block 3", "head"]
+    assert min(found["safe"]["cosines"].values()) > 0.999
+    assert found["slimfit"]["smaller"] > found["safe"]["smaller"] > 2
+    assert all(torch.tensor(list(row["cosines"].values())).isfinite().all() for row in found.values())
+    report = {
+        "recipe": "r",
+        "model": "m",
+        "steps": 1,
+        "batches": 1,
+        "device": "cpu",
+        "date": "today",
+        "command": "make",
+    }
+    assert "| safe |" in "\n".join(gradients({**report, "environment": MACHINE, "levels": found}))

@@ -1,0 +1,304 @@
+"""What stands in autograd's graph: packed once, never the wrong tensor, and nothing lost of autograd's own checks."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from frostline.memory import Level, compressing, saved
+from frostline.memory.formats import Rows
+from tests.memory.steps import everything_packs
+
+WIDTH = 64
+
+
+@pytest.fixture(autouse=True)
+def _small() -> Iterator[None]:
+    with everything_packs():
+        yield
+
+
+class Notes:
+    """A ledger that remembers."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, str, int]] = []
+
+    def __call__(self, operation: str, role: object, nbytes: int) -> None:
+        self.lines.append((operation, getattr(role, "name", ""), nbytes))
+
+
+def linears(count: int) -> nn.ModuleList:
+    return nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(count))
+
+
+def test_a_tensor_that_several_operations_save_is_packed_once() -> None:
+    layers, notes = linears(3), Notes()
+    x = torch.randn(32, WIDTH)
+    with compressing(layers, "safe", notes):
+        total = sum(layer(x).sum() for layer in layers)
+    assert [line[0] for line in notes.lines] == ["linear"]
+    total.backward()
+    for layer in layers:
+        assert torch.allclose(layer.weight.grad[0], x.sum(0), rtol=0.02, atol=0.2)
+
+
+def test_a_view_of_it_in_another_order_is_packed_with_it() -> None:
+    layer, notes = nn.Linear(WIDTH, WIDTH), Notes()
+    x = torch.randn(WIDTH, WIDTH)
+    with compressing(layer, "safe", notes):
+        out = layer(x).sum() + layer(x.t()).sum()
+    assert len(notes.lines) == 1
+    out.backward()
+    assert torch.allclose(layer.weight.grad[0], x.sum(0) + x.sum(1), rtol=0.02, atol=0.4)
+
+
+def test_an_address_that_is_used_again_is_another_tensor() -> None:
+    """The temporaries of a loop get the same address over and over; each has its own gradient."""
+    layers = linears(40)
+    values = [torch.full((32, WIDTH), float(i)) for i in range(40)]
+    addresses = set()
+    with compressing(layers, "safe"):
+        total = torch.zeros(())
+        for layer, value in zip(layers, values, strict=True):
+            temporary = value.clone()
+            addresses.add(temporary.data_ptr())
+            total = total + layer(temporary).sum()
+            del temporary
+    assert len(addresses) < 40, "no address came twice: the test shows nothing"
+    total.backward()
+    for i, layer in enumerate(layers):
+        assert torch.allclose(layer.weight.grad, torch.full_like(layer.weight, 32.0 * i), rtol=0.01), i
+
+
+def test_a_weight_that_dies_does_not_leave_its_address_to_activations() -> None:
+    notes = Notes()
+    x = torch.randn(32, WIDTH, requires_grad=True)
+    with compressing(linears(40), "safe", notes):  # the layers are gone as soon as the block begins
+        out = [F.softmax(x + i, -1) for i in range(40)]
+    assert len(notes.lines) == 40
+    assert {role for _, role, _ in notes.lines} == {"PROBABILITIES"}
+    sum(each.square().sum() for each in out).backward()
+
+
+def test_a_tensor_written_between_two_uses_is_packed_twice() -> None:
+    layers = linears(2)
+    x = torch.ones(32, WIDTH)
+    with compressing(layers, "safe"):
+        total = layers[0](x).sum()
+        x.mul_(3)
+        total = total + layers[1](x).sum()
+    total.backward()
+    assert torch.allclose(layers[0].weight.grad, torch.full_like(layers[0].weight, 32.0), rtol=0.01)
+    assert torch.allclose(layers[1].weight.grad, torch.full_like(layers[1].weight, 96.0), rtol=0.01)
+
+
+def test_a_packed_tensor_may_be_written_after_it_was_saved() -> None:
+    layer = nn.Linear(WIDTH, WIDTH)
+    x = torch.ones(32, WIDTH)
+    with compressing(layer, "safe"):
+        total = layer(x).sum()
+    x.zero_()
+    total.backward()
+    assert torch.allclose(layer.weight.grad, torch.full_like(layer.weight, 32.0), rtol=0.01)
+
+
+def test_a_whole_tensor_that_is_written_after_it_was_saved_is_an_error() -> None:
+    """Hooks switch autograd's own check off; silently wrong gradients would follow."""
+    x = torch.rand(32, WIDTH, requires_grad=True)
+    with compressing(nn.Linear(1, 1), "safe"):
+        y = (x * 1).exp()  # keeps its output as it is
+        out = y.sum()
+    with torch.no_grad():
+        y.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        out.backward()
+
+
+def test_weights_that_step_between_forward_and_backward_are_an_error() -> None:
+    layer = nn.Linear(WIDTH, WIDTH)
+    x = torch.rand(32, WIDTH, requires_grad=True)
+    with compressing(layer, "safe"):
+        out = layer(x).sum()
+    with torch.no_grad():
+        layer.weight.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        out.backward()
+
+
+def test_a_pass_without_backward_leaves_nothing_behind() -> None:
+    """An operation that saves its output would hold itself alive through a hook that hands the tensor back."""
+    gone = []
+    for _ in range(3):
+        x = torch.rand(64, WIDTH, requires_grad=True)
+        with compressing(nn.Linear(1, 1), "safe"):
+            y = x.exp().softmax(-1)
+        gone.append(weakref.ref(x))
+        del x, y
+    gc.disable()
+    try:
+        assert [ref() for ref in gone] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_backward_may_run_twice() -> None:
+    layer = nn.Linear(WIDTH, WIDTH)
+    x = torch.randn(32, WIDTH)
+    with compressing(layer, "slimfit"):
+        out = F.gelu(layer(x)).sum()
+    out.backward(retain_graph=True)
+    first = layer.weight.grad.clone()
+    out.backward()
+    assert torch.allclose(layer.weight.grad, 2 * first)
+
+
+def test_a_second_derivative_of_recomputed_attention_is_refused() -> None:
+    q = torch.randn(2, 2, 8, 16, requires_grad=True)
+    with compressing(nn.Linear(1, 1), "safe"):
+        out = F.scaled_dot_product_attention(q, q, q)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
+def test_a_second_derivative_of_what_is_kept_whole_is_right() -> None:
+    x = torch.rand(32, WIDTH, requires_grad=True)
+    with compressing(nn.Linear(1, 1), "safe"):
+        out = x.exp().sum()
+    (slope,) = torch.autograd.grad(out, x, create_graph=True)
+    slope.sum().backward()
+    assert torch.allclose(x.grad, x.exp())
+
+
+def test_strides_come_back() -> None:
+    """Feature maps in channels-last order are packed in that order, and restored in it."""
+    seen: list[Tensor] = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def]
+            ctx.save_for_backward(x > 0, x)
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+            seen.extend(ctx.saved_tensors)
+            return gradient * torch.ones_like(ctx.saved_tensors[1])
+
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_(True)
+    with compressing(nn.Linear(1, 1), "safe"):
+        out = Look.apply(x)
+    out.backward()
+    mask, whole = seen
+    assert torch.equal(mask, x > 0)
+    assert mask.stride() == x.stride()
+    assert torch.equal(whole, x), "what an unknown operation saves is kept exactly"
+
+
+def test_a_small_piece_of_a_large_tensor_does_not_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saved, "SMALL", 1 << 20)
+    layer = nn.Linear(WIDTH, 2)
+    hidden = torch.randn(16, 50, WIDTH)
+    gone = weakref.ref(hidden.untyped_storage())
+    with compressing(layer, "safe"):
+        out = layer(hidden[:, 0]).sum()
+    expected = hidden[:, 0].sum(0)
+    del hidden
+    assert gone() is None
+    out.backward()
+    assert torch.allclose(layer.weight.grad[0], expected, atol=1e-5)
+
+
+def test_expanded_integers_and_empty_tensors_are_left_alone() -> None:
+    table = nn.Embedding(10, WIDTH)
+    notes = Notes()
+    scale = torch.rand(1, WIDTH, requires_grad=True)
+    with compressing(table, "safe", notes):
+        rows = table(torch.randint(0, 10, (600,)))
+        wide = torch.rand(600, 1).expand(600, WIDTH)
+        out = (wide * scale).sum() + rows.sum() + (torch.empty(0, WIDTH) * scale).sum()
+    out.backward()
+    assert torch.allclose(scale.grad[0], wide.sum(0), rtol=1e-5)
+    assert all(role in ("EXACT", "ELEMENTWISE") for _, role, _ in notes.lines)
+
+
+def test_dropout_of_kept_probabilities_takes_no_room() -> None:
+    notes = Notes()
+    q = torch.randn(4, 32, 32, requires_grad=True)
+    value = torch.randn(4, 32, WIDTH, requires_grad=True)
+
+    def attend() -> Tensor:
+        torch.manual_seed(1)
+        return (torch.matmul(F.dropout(F.softmax(q, -1), 0.25), value) ** 2).sum()
+
+    exact = torch.autograd.grad(attend(), (q, value))
+    with compressing(nn.Linear(1, 1), "safe", notes):
+        out = attend()
+    found = torch.autograd.grad(out, (q, value))
+    kept = {operation: nbytes for operation, role, nbytes in notes.lines if role == "PROBABILITIES"}
+    assert kept == {"softmax": 4 * 32 * 32 + 4 * 32 * 32 // 128 * 2}  # and a scale of two bytes for each row
+    matmul = [nbytes for operation, _, nbytes in notes.lines if operation == "matmul"]
+    assert len(matmul) == 1, "the dropped probabilities were kept beside the value"
+    for a, b in zip(found, exact, strict=True):
+        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.9999
+
+
+def test_dropout_after_relu_is_not_taken_for_dropout_of_its_sign() -> None:
+    up, down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+    x = torch.randn(32, WIDTH)
+
+    def loss() -> Tensor:
+        torch.manual_seed(1)
+        return (down(F.dropout(F.relu(up(x)), 0.25)) ** 2).sum()
+
+    (exact,) = torch.autograd.grad(loss(), down.weight)
+    with compressing(nn.ModuleList((up, down)), "safe"):
+        out = loss()
+    (found,) = torch.autograd.grad(out, down.weight)
+    assert F.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.999
+    assert torch.allclose(found, exact, atol=0.03 * float(exact.abs().max()))
+
+
+def test_a_backward_pass_inside_of_the_forward_pass() -> None:
+    """A model that takes a gradient in its forward pass (forces, penalties)."""
+    q = torch.randn(2, 2, 16, 16, requires_grad=True)
+    exact = torch.autograd.grad((F.scaled_dot_product_attention(q, q, q) ** 2).sum(), q)[0]
+    with compressing(nn.Linear(1, 1), "safe"):
+        found = torch.autograd.grad((F.scaled_dot_product_attention(q, q, q) ** 2).sum(), q)[0]
+    assert F.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.999
+
+
+def test_packed_queries_go_when_the_backward_pass_has_read_them() -> None:
+    q = torch.randn(2, 2, 16, 16, requires_grad=True)
+    with compressing(nn.Linear(1, 1), "safe"):
+        out = F.scaled_dot_product_attention(q, q, q).sum()
+    out.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        out.backward()
+
+
+def test_packing_draws_no_random_numbers() -> None:
+    x, model = torch.randn(64, WIDTH, requires_grad=True), nn.Linear(1, 1)
+    torch.manual_seed(0)
+    with compressing(model, "max"):
+        F.gelu(F.layer_norm(x, (WIDTH,))).sum()
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+
+
+def test_what_is_not_asked_for_is_exact() -> None:
+    """A level with one format compresses one role."""
+    x = torch.randn(64, WIDTH)
+    layer, only_norms = nn.Linear(WIDTH, WIDTH), Level("norms", "", norm=Rows(8), masks=False, slices=False)
+    F.gelu(layer(x)).sum().backward()
+    exact = layer.weight.grad.clone()
+    layer.weight.grad = None
+    with compressing(layer, only_norms):
+        out = F.gelu(layer(x)).sum()
+    out.backward()
+    assert torch.equal(layer.weight.grad, exact)
