@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from frostline.blocks import BlockStack
 from frostline.errors import ConfigError, ModelError
 from frostline.memory import LEVELS, Compressor, footprint
+from frostline.memory import attention as recomputing
+from frostline.memory.codebook import _book
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.memory.steps import cosine, everything_packs, packed_roles, run
 
@@ -98,6 +100,36 @@ def test_recomputed_attention_is_attention(mask: str, dropout: float) -> None:
     assert torch.equal(after, then), "the backward pass moved the random state"
     for a, b in zip(found, exact, strict=True):
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.9995
+
+
+def test_recomputed_attention_runs_in_the_precision_of_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast has ended when the backward pass runs."""
+    seen: list[tuple[bool, torch.dtype]] = []
+    original = recomputing.attention
+
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = original(*args, **kwargs)
+        seen.append((torch.is_autocast_enabled("cpu"), out.dtype))
+        return out
+
+    monkeypatch.setattr(recomputing, "attention", noted)
+    q = torch.randn(2, 4, 64, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = recomputing.recomputed_attention(q, q, q)
+    out.float().square().sum().backward()
+    assert seen == [(True, torch.bfloat16)] * 2
+    assert q.grad is not None
+    assert q.grad.dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_making_a_code_book_is_no_part_of_the_pass_that_asks_for_it() -> None:
+    architecture = BY_NAME["bert"]
+    model, inputs = architecture.build(), architecture.inputs()
+    stack = BlockStack.find(model)
+    _book.cache_clear()
+    first, second = (footprint(model, stack.blocks, ((), inputs), "slimfit").total for _ in range(2))
+    assert first == second
 
 
 def test_a_learned_bias_of_attention_gets_its_gradient() -> None:

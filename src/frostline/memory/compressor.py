@@ -23,7 +23,7 @@ from frostline.trace import unwrap
 __all__ = ["Compressor", "compressing"]
 
 
-class compressing:  # noqa: N801 - a context manager, used like a function
+class compressing:
     """Pack what autograd saves inside of the ``with`` block.
 
     Args:
