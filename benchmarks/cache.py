@@ -20,12 +20,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
 import random
-import shlex
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,15 +34,14 @@ if not __package__:  # run as a script: its siblings are found from the root of 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.batches import Batch, base_model, load_model, made_up_batch, real_batch  # noqa: E402
+from benchmarks.reports import RESULTS, made_by, write  # noqa: E402
 from benchmarks.steps import adamw, update  # noqa: E402
 from benchmarks.timing import paired_ratio, seconds_per_call, spread  # noqa: E402
 from benchmarks.truncated import Prefix, Truncated  # noqa: E402
 from frostline import BlockStack, Frostline  # noqa: E402
 from frostline.cache.disk import DiskStore  # noqa: E402
 from frostline.cache.tiers import disk_of  # noqa: E402
-from frostline.events import environment  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
 TARGETS = {"device": 1.10, "memory": 1.10, "disk": 1.15}
 TIERS: dict[str, dict[str, Any]] = {
     "device": {"mode": "memory", "device": "8GB", "memory": 0},
@@ -75,13 +70,8 @@ def main() -> None:
         parser.error("--tier device needs --device cuda")
     report: dict[str, Any] = {
         "model": "bert-base" if options.base else Path(options.model).name,
-        "command": shlex.join(["python", "benchmarks/cache.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "seed": options.seed,
-        "device": options.device,
+        **made_by("cache.py", options.seed, options.device),
         "tier": options.tier,
-        "environment": environment(),
-        "load": os.getloadavg()[0],
         "shapes": [],
     }
     seeds = range(options.seed, options.seed + BATCHES)
@@ -97,8 +87,7 @@ def main() -> None:
             report["shapes"].append(measure(model, batches, options))
     tier = "" if options.tier == "memory" else f"-{options.tier}"
     out = options.out or RESULTS / f"cache-{report['model']}{tier}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(report, out)
     for shape in report["shapes"]:
         for row in shape["depths"]:
             print(shape["batch"]["data"], row["depth"], row["ratio"], row["speedup_over_uncached"]["median"])

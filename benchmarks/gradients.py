@@ -10,10 +10,7 @@ batches counts. Targets: 0.999 (safe) and 0.99 (slimfit) for every part.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +21,12 @@ from tqdm import tqdm
 if not __package__:  # run as a script: its siblings are found from the root of the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.reports import RESULTS, made_by, write  # noqa: E402
 from frostline import BlockStack  # noqa: E402
-from frostline.events import environment  # noqa: E402
 from frostline.memory import LEVELS, footprint, gradient_cosines  # noqa: E402
 from frostline.recipes.schema import load_recipe  # noqa: E402
 from frostline.tasks.text_classification import build_model, prepare  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
 TARGETS = {"safe": 0.999, "slimfit": 0.99}
 
 
@@ -64,16 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
         "rows": options.rows,
         "steps": options.steps,
         "batches": options.batches,
-        "command": shlex.join(["python", "benchmarks/gradients.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "seed": options.seed,
-        "device": options.device,
-        "environment": environment(),
+        **made_by("gradients.py", options.seed, options.device),
         "levels": found,
     }
     out = options.out or RESULTS / f"gradients-{recipe.name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(report, out)
     for level, measured in found.items():
         print(level, f"{measured['smaller']:.1f}x", f"{min(measured['cosines'].values()):.5f}")
     return 0

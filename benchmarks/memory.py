@@ -15,12 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +28,10 @@ if not __package__:  # run as a script: its siblings are found from the root of 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.modes import MODES, Mode, build  # noqa: E402
+from benchmarks.reports import RESULTS, made_by, write  # noqa: E402
 from benchmarks.timing import paired_ratio, seconds_per_call, spread  # noqa: E402
-from frostline.events import environment  # noqa: E402
 from frostline.memory import LiveBytes, footprint  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
 TARGET = {"cpu": 1.30, "cuda": 1.15}
 # Modes that are timed against themselves without compression.
 _TIMED = ("full", "resting 0.9", "half frozen", "gradient checkpointing")
@@ -56,16 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
         "shape": options.shape,
         "rows": options.rows,
         "length": options.length if options.shape == "bert" else None,
-        "command": shlex.join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "seed": options.seed,
-        "device": options.device,
-        "environment": environment(),
-        "load": os.getloadavg()[0],
+        **made_by("memory.py", options.seed, options.device),
         "modes": _alone(options) if options.part == "memory" else measure_time(options),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(report, out)
     print(out)
     return 0
 

@@ -21,11 +21,7 @@ slows all of them; ratios are taken within a round.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +31,10 @@ if not __package__:  # run as a script: its siblings are found from the root of 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.batches import CLASSES, Batch, load_model, made_up_batch, real_batch  # noqa: E402
+from benchmarks.reports import RESULTS, made_by, write  # noqa: E402
 from benchmarks.steps import measure_depths, measure_none, measure_statistics  # noqa: E402
 from frostline import FrostlineError  # noqa: E402
-from frostline.events import environment  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
 PARTS = ("depths", "none", "statistics")
 # Data, rows and length in tokens. The last is small: policy none is about what a step costs beside its arithmetic.
 BATCHES = (("reuters8", 16, 64), ("trec", 16, 16), ("trec", 4, 16))
@@ -58,8 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     except FrostlineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(report, out)
     print(out)
     return 0
 
@@ -89,13 +83,7 @@ def _measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     report: dict[str, Any] = {
         "model": name,
         "class": type(model).__name__,
-        "command": shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "seed": seed,
-        "device": device,
-        "environment": environment(),
-        # Of the whole machine at the start: near 0 on a quiet one.
-        "load": os.getloadavg()[0],
+        **made_by("step_time.py", seed, device),
     }
     if "depths" in parts:
         report["depths"] = [measure_depths(model, batch, options.rounds, seed, device) for batch in usual]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 
-from frostline.memory.formats import nothing_packed
+from frostline.memory.aside import nothing_packed
 
 __all__ = ["attention", "recomputed_attention"]
 

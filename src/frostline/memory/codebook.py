@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from frostline.memory.formats import ByRow, nothing_packed
+from frostline.memory.aside import nothing_packed
+from frostline.memory.formats import ByRow
 
 __all__ = ["FUNCTIONS", "CodeBook"]
 

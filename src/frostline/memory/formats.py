@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,7 +31,6 @@ __all__ = [
     "Product",
     "Pruned",
     "Rows",
-    "nothing_packed",
 ]
 
 # Values in a row: neighbours in memory that share a scale.
@@ -273,14 +271,6 @@ class Noise(Format):
     def unpack(self, parts: tuple[Tensor, ...], count: int, dtype: torch.dtype) -> Tensor:
         mask, other = parts
         return unpack_bits(mask, count, dtype).mul_(other)
-
-
-def nothing_packed() -> AbstractContextManager[None]:
-    """Inside of it autograd saves tensors as they are, whoever packs them outside."""
-    context: AbstractContextManager[None] = torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: tensor.detach(), lambda tensor: tensor
-    )
-    return context
 
 
 def _rows(values: Tensor) -> Iterator[tuple[int, Tensor]]:

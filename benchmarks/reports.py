@@ -1,0 +1,36 @@
+"""What every results file says of itself, and how it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from frostline.events import environment
+
+__all__ = ["RESULTS", "made_by", "write"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def made_by(script: str, seed: int, device: str) -> dict[str, Any]:
+    """The command that runs now, the day, the machine and what it was busy with."""
+    return {
+        "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "seed": seed,
+        "device": device,
+        "environment": environment(),
+        # Of the whole machine at the start: near 0 on a quiet one.
+        "load": os.getloadavg()[0],
+    }
+
+
+def write(report: dict[str, Any], out: Path) -> None:
+    """Write a results file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
