@@ -6,7 +6,6 @@ accumulated gradient is there and not yet clipped, and :meth:`Frostline.after_st
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,18 +17,18 @@ from torch import nn
 from frostline.blocks import BlockStack
 from frostline.cache import CacheManager, CacheOptions, CacheSetting, cache_options, watched
 from frostline.clock import Clock
-from frostline.errors import ResumeError
-from frostline.events import EventLog, environment
+from frostline.errors import ModelError, ResumeError
+from frostline.events import EventLog
 from frostline.freezer import Freezer, refuse_wrapper
-from frostline.policies.base import Decision, Explained, Observation, Plan
+from frostline.journal import Journal
+from frostline.memory import Compressor, MemorySetting, memory_options
+from frostline.policies.base import Cadence, Decision, Explained, Observation, Plan
 from frostline.policies.registry import create, validate
 from frostline.state import fingerprint, load_state, save_state
-from frostline.statistics import GradientSum
+from frostline.statistics import Measurements
 from frostline.summary import Summary
 
 __all__ = ["Frostline", "plan_for"]
-
-logger = logging.getLogger("frostline")
 
 # torch.compile falls back to eager after 8 recompiles of one function (torch._dynamo.config.recompile_limit);
 # shapes that turn dynamic take some of them.
@@ -43,7 +42,11 @@ NOT_CACHED_COMPILED = (
 def plan_for(stack: BlockStack, samples_per_step: int, samples_per_epoch: int, epochs: float) -> Plan:
     """What a policy is told of a run that trains ``stack``."""
     stem, head = stack.paths_of("stem"), stack.paths_of("head")
-    return Plan(tuple(stack.block_paths), stem, head, samples_per_step, samples_per_epoch, epochs)
+    trained = [name for name, parameter in stack.model.named_parameters() if parameter.requires_grad]
+    biases = tuple(name for name in trained if name.endswith("bias"))
+    layers = tuple(name for name in trained if not name.endswith("bias"))
+    blocks = tuple(stack.block_paths)
+    return Plan(blocks, stem, head, samples_per_step, samples_per_epoch, epochs, layers, biases)
 
 
 class Frostline:
@@ -55,6 +58,8 @@ class Frostline:
         policy: name of a policy (``frostline.policies.available()``).
         cache: ``auto`` (where it pays), ``memory`` or ``disk`` keeps boundary activations and skips the frozen prefix;
             ``off``. A mapping sets budgets and more (:class:`~frostline.cache.CacheOptions`).
+        memory: level at which the tensors that autograd saves are compressed (``safe``, ``slimfit``, ``published``,
+            ``max``); ``off``. Also with policy ``none``.
         steps_per_epoch: optimizer steps in an epoch.
         epochs: epochs in the run (may be fractional).
         batch_size: samples per optimizer step over all ranks and micro-batches. With the default of 1, "samples"
@@ -79,6 +84,7 @@ class Frostline:
         *,
         policy: str = "gradient-norm",
         cache: CacheSetting = "off",
+        memory: MemorySetting = "off",
         steps_per_epoch: int,
         epochs: float,
         batch_size: int = 1,
@@ -90,24 +96,25 @@ class Frostline:
         max_depth_changes: int | None = None,
         **options: Any,
     ) -> None:
-        caching = cache_options(cache)
+        caching, level = cache_options(cache), memory_options(memory).level
         checked = validate(policy, options)
         self.clock = Clock(steps_per_epoch, epochs, batch_size, samples_per_epoch, sized=sized)
         self.log = events if isinstance(events, EventLog) else EventLog(events)
+        self.journal = Journal(self.log, self.clock)
         self.policy_name, self.policy_options = policy, checked.model_dump()
         self.scaler = scaler
         self.evaluations = self._final_depth = self._changes = 0
-        self.limits: list[str] = []
-        self.trajectory: list[dict[str, int]] = []
         self.seconds = {"statistics": 0.0, "decide": 0.0}
         self._blocks_path = blocks
         self._model_class = type(model).__name__
         self._active = policy != "none"
-        self._statistics: GradientSum | None = None
+        self._statistics: Measurements | None = None
         self._parting: dict[str, Any] = {}
         self.cache: CacheManager | None = None
         self._cached: dict[str, Any] | None = None
+        self._compressor: Compressor | None = None
         if not self._active:
+            self._compressor = Compressor(model, level) if level != "off" else None
             return
         refuse_wrapper(model)
         compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
@@ -117,8 +124,13 @@ class Frostline:
         self.plan = plan_for(self.stack, batch_size, self.clock.samples_per_epoch, epochs)
         self.policy = create(policy, options, self.plan)
         self._cadence = self.policy.cadence()
-        self.freezer = Freezer(self.stack, optimizer)
-        self._log_run()
+        if compiled and self._cadence == Cadence(1, "steps"):
+            raise ModelError(
+                f"policy {policy!r} changes what trains at every step, and a compiled model would be compiled anew "
+                "each time: train it without torch.compile"
+            )
+        self.freezer = Freezer(self.stack, optimizer, self.policy.moments)
+        self.journal.begin(self._policy_numbers(), self._model_class, self.stack.path, self.plan)
         if compiled and self.stack.noisy_parents:
             self.stack.noisy_parents = False
             self.limit(
@@ -138,6 +150,7 @@ class Frostline:
             watched = model if compiled else self.stack.model
             self._first_forward = watched.register_forward_pre_hook(self._see_inputs, with_kwargs=True)
         self._apply(self.policy.start())
+        self._compressor = Compressor(model, level, entries=self.stack.ancestors()) if level != "off" else None
 
     # -- what adapters and users call ---------------------------------------------------------------
 
@@ -165,12 +178,16 @@ class Frostline:
             return
         start = time.perf_counter()
         scaled = self.scaler is not None and self.scaler.is_enabled()
-        self._statistics.update(1.0 / self.scaler.get_scale() if scaled and not unscaled else 1.0, check=scaled)
+        self._statistics.before_step(1.0 / self.scaler.get_scale() if scaled and not unscaled else 1.0, check=scaled)
         self.seconds["statistics"] += time.perf_counter() - start
 
     def after_step(self) -> None:
         """Count the step and, where an interval ends, decide: call after ``optimizer.step()``."""
         self.clock.step += 1
+        if self._statistics is not None:
+            start = time.perf_counter()
+            self._statistics.after_step()
+            self.seconds["statistics"] += time.perf_counter() - start
         if self.cache is not None:
             self.cache.agree()
         if not self._active or self._cadence is None:
@@ -191,13 +208,12 @@ class Frostline:
 
     def limit(self, code: str, message: str) -> None:
         """Log what cannot be done for this model, once (law 8)."""
-        if message not in self.limits:
-            self.limits.append(message)
-            logger.warning("%s", message)
-            self.log.append("limit", step=self.step, samples=self.samples, code=code, message=message)
+        self.journal.limit(code, message)
 
     def finish(self) -> None:
         """Thaw the model and take away everything that was installed."""
+        if self._compressor is not None:
+            self._compressor.detach()
         if self._active:
             self._final_depth = self.depth
             self._parting = {**self._freezing_state(), "interval_steps": 0}
@@ -214,18 +230,19 @@ class Frostline:
         """What happened so far; ``print`` it, or read it as a dictionary."""
         stack = getattr(self, "stack", None)
         return Summary(
-            policy={"name": self.policy_name, "options": self.policy_options},
+            policy=self._policy_numbers(),
             model=self._model_class,
             stack=stack.path if stack else None,
             blocks=len(stack) if stack else 0,
             final_depth=self.depth if self._active else self._final_depth,
-            trajectory=list(self.trajectory),
+            trajectory=list(self.journal.trajectory),
             decisions=self.evaluations,
             steps=self.step,
             samples=self.samples,
             seconds=dict(self.seconds),
             cache=self.cache.summary() if self.cache is not None else self._cached,
-            limits=list(self.limits),
+            memory={"level": kept.level.name, "kept": kept.kept} if (kept := self._compressor) is not None else None,
+            limits=list(self.journal.limits),
         )
 
     # -- state --------------------------------------------------------------------------------------
@@ -238,11 +255,9 @@ class Frostline:
             "step": self.step,
             "samples": self.samples,
             "evaluations": self.evaluations,
-            "trajectory": self.trajectory,
             "changes": self._changes,
             "seconds": self.seconds,
-            "limits": self.limits,
-            "events_offset": self.log.offset(),
+            **self.journal.state(),
             "cache": self.cache.state_dict() if self.cache is not None else None,
         }
         # After finish() the sums are gone: who continues from there starts a new interval.
@@ -274,9 +289,8 @@ class Frostline:
             raise ResumeError(f"the checkpoint belongs to another model: {state['model']}, this one is {here}")
         self.clock.resume(state["step"], state["samples"])
         self.evaluations = state["evaluations"]
-        self.trajectory, self._changes = list(state["trajectory"]), state["changes"]
-        self.seconds, self.limits = dict(state["seconds"]), list(state["limits"])
-        self.log.rewind(state["events_offset"])
+        self._changes, self.seconds = state["changes"], dict(state["seconds"])
+        self.journal.load(state)
         if self.cache is not None and state.get("cache"):
             self.cache.load_state_dict(state["cache"])
         if self._active:
@@ -299,7 +313,7 @@ class Frostline:
         """
         state, tensors = load_state(directory)
         self.load_state_dict({"state": state, "tensors": tensors})
-        self.log.append("resume", step=self.step, samples=self.samples, path=str(directory))
+        self.journal.write("resume", path=str(directory))
         return state
 
     # -- inside -------------------------------------------------------------------------------------
@@ -310,15 +324,13 @@ class Frostline:
 
     def _decide(self) -> None:
         self.evaluations += 1
-        statistics = self._statistics
         seen = Observation(
             step=self.step,
             samples=self.samples,
             progress=self.samples / self.plan.total_samples,
             depth=self.depth,
             blocks=len(self.stack),
-            scores=statistics.norms() if statistics is not None else None,
-            interval_steps=statistics.steps if statistics is not None else 0,
+            **(self._statistics.observed() if self._statistics is not None else {}),
         )
         decision, why = self.policy.decide(seen)
         self._apply(decision, seen, why)
@@ -338,22 +350,12 @@ class Frostline:
                 self._changes += 1
         self._freeze(decision)
         if decision.depth != before:
-            self.trajectory.append({"step": self.step, "samples": self.samples, "depth": decision.depth})
+            self.journal.moved(decision.depth)
         if self._statistics is not None:
             self._statistics.reset(range(decision.depth, len(self.stack)))
-        if seen is not None and why is not None:
-            self.log.append(
-                "decision",
-                step=self.step,
-                samples=self.samples,
-                evaluation=self.evaluations,
-                observation=seen.numbers(),
-                explanation=why.numbers(),
-                depth_before=before,
-                depth=decision.depth,
-                resting=sorted(decision.resting),
-                applied=applied,
-            )
+        moved = decision.depth != before or not applied
+        if seen is not None and why is not None and (moved or self.evaluations % self.policy.log_every == 0):
+            self.journal.decided(self.evaluations, seen, why, before, decision, applied=applied)
 
     def _freeze(self, decision: Decision) -> None:
         self.freezer.apply(decision)
@@ -367,20 +369,18 @@ class Frostline:
             self.limit("cache-compiled", NOT_CACHED_COMPILED)
             return None
         return CacheManager(
-            self.stack, options, self.clock, report=self._log_cache, limit=self.limit, compiled=compiled
+            self.stack, options, self.clock, report=self.journal.cache, limit=self.limit, compiled=compiled
         )  # fmt: skip
-
-    def _log_cache(self, action: str, **numbers: Any) -> None:
-        self.log.append("cache", step=self.step, samples=self.samples, action=action, **numbers)
 
     def _measure(self) -> None:
         """Prepare the statistics that the policy needs."""
-        if "gradient_sum" in self.policy.needs:
-            groups = {
+        if self.policy.needs:
+            blocks = {
                 i: {n: p for n, p in self.stack.parameters_of(i).items() if p.requires_grad}
                 for i in range(len(self.stack))
             }
-            self._statistics = GradientSum(groups)
+            layers = {path: self.stack.model.get_parameter(path) for path in self.plan.layer_paths}
+            self._statistics = Measurements(self.policy.needs, blocks, layers)
 
     def _see_inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """First training batch of a model whose inputs could not be made up: look again, now with real ones."""
@@ -390,7 +390,7 @@ class Frostline:
         decision, optimizer = self.freezer.decision, self.freezer.optimizer
         self.freezer.release()
         self.stack = BlockStack.find(model, self._blocks_path, (args, kwargs))
-        self.freezer = Freezer(self.stack, optimizer)
+        self.freezer = Freezer(self.stack, optimizer, self.policy.moments)
         before = self._statistics
         self._measure()
         self._freeze(decision)
@@ -402,15 +402,5 @@ class Frostline:
         for message in self.stack.limits:
             self.limit("model", message)
 
-    def _log_run(self) -> None:
-        self.log.append(
-            "run",
-            step=0,
-            samples=0,
-            policy={"name": self.policy_name, "options": self.policy_options},
-            model=self._model_class,
-            stack=self.stack.path,
-            blocks=len(self.stack),
-            plan=self.plan.numbers(),
-            environment=environment(),
-        )
+    def _policy_numbers(self) -> dict[str, Any]:
+        return {"name": self.policy_name, "options": self.policy_options}

@@ -7,7 +7,7 @@ taking them out of the groups breaks ``state_dict`` and the schedulers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 from frostline.blocks import BlockStack
 from frostline.errors import ConfigError, ModelError, choices_message
-from frostline.policies.base import Decision
+from frostline.policies.base import Decision, Moments
 from frostline.trace import first_tensor, replace_tensor
 
 __all__ = ["Freezer", "refuse_wrapper"]
@@ -27,11 +27,15 @@ class Freezer:
     Args:
         stack: where the model can be cut.
         optimizer: whose state of prefix parameters is dropped (``None``: there is none yet).
+        moments: what becomes of the optimizer state of resting layers: kept, dropped, or paged to the host's memory.
     """
 
-    def __init__(self, stack: BlockStack, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def __init__(
+        self, stack: BlockStack, optimizer: torch.optim.Optimizer | None = None, moments: Moments = "keep"
+    ) -> None:
         self.stack = stack
         self.optimizer = optimizer
+        self.moments = moments
         self.decision = Decision()
         # Only ever lower requires_grad: what was born frozen (a LoRA base, fixed positions) stays so.
         self._trainable = {n for n, p in stack.model.named_parameters() if p.requires_grad}
@@ -63,9 +67,11 @@ class Freezer:
             parameter.requires_grad_(wanted)
             if not wanted:
                 parameter.grad = None
-            if name in prefix:
-                # Thawing starts with fresh moments; resting layers, above the line, keep theirs.
+            # Thawing starts with fresh moments; resting layers, above the line, keep theirs or as the policy says.
+            if name in prefix or (self.moments == "drop" and name in resting):
                 self._drop_state(parameter)
+            elif self.moments == "host":
+                self._page(parameter, torch.device("cpu") if name in resting else parameter.device)
         if (decision.depth, bool(decision.resting)) != (self.depth, bool(self.decision.resting)):
             self._set_line(decision.depth, resting=bool(decision.resting))
         self.decision = decision
@@ -74,6 +80,8 @@ class Freezer:
         """Thaw everything and take away every hook and pin: the model is an ordinary one again."""
         for name, parameter in self.stack.model.named_parameters():
             parameter.requires_grad_(name in self._trainable)
+            if self.moments == "host":
+                self._page(parameter, parameter.device)
         self._set_line(0)
         self.decision = Decision()
 
@@ -86,18 +94,29 @@ class Freezer:
                 f"depth {decision.depth} is outside 0..{blocks - 1}: of {blocks} blocks at least one stays active"
             )
 
-    def _resting_parameters(self, resting: Iterable[str]) -> set[str]:
-        modules = dict(self.stack.model.named_modules())
+    def _resting_parameters(self, resting: Collection[str]) -> set[str]:
+        """Names of the parameters that ``resting``, paths of parameters and modules, stands for."""
+        parameters = dict(self.stack.model.named_parameters())
+        found = {path for path in resting if path in parameters}
+        modules = dict(self.stack.model.named_modules()) if len(found) < len(set(resting)) else {}
         inside: set[int] = set()
-        for path in resting:
+        for path in set(resting) - found:
             if path not in modules:
-                raise ConfigError(choices_message("resting module", path, modules))
+                raise ConfigError(choices_message("resting module or parameter", path, [*modules, *parameters]))
             inside.update(id(p) for p in modules[path].parameters())
-        return {n for n, p in self.stack.model.named_parameters() if id(p) in inside}
+        return found | {n for n, p in parameters.items() if id(p) in inside} if inside else found
 
     def _drop_state(self, parameter: nn.Parameter) -> None:
         if self.optimizer is not None:
             self.optimizer.state.pop(parameter, None)
+
+    def _page(self, parameter: nn.Parameter, device: torch.device) -> None:
+        """Move the optimizer state of ``parameter`` to ``device``."""
+        state = self.optimizer.state.get(parameter, {}) if self.optimizer is not None else {}
+        for key, value in state.items():
+            # Not the count of steps, which many optimizers keep on the host.
+            if key != "step" and isinstance(value, torch.Tensor) and value.device != device:
+                state[key] = value.to(device)
 
     # -- the frost line -------------------------------------------------------------------------
 

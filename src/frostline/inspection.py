@@ -22,6 +22,7 @@ from torch import nn
 
 from frostline.blocks import BlockStack, Owner
 from frostline.errors import ConfigError, ModelError
+from frostline.memory import LEVELS, Footprint, footprint
 from frostline.trace import Call, first_tensor, made_up_call, undisturbed
 
 __all__ = ["Inspection", "Part", "inspect_model"]
@@ -61,7 +62,8 @@ class Part:
 class Inspection:
     """What :func:`inspect_model` found. ``parts`` is the stem, N blocks and the head, in this order.
 
-    ``length`` is in tokens; ``None`` where it was not used (images, audio, nothing measured).
+    ``length`` is in tokens; ``None`` where it was not used (images, audio, nothing measured). ``memory`` is what is
+    kept for the backward pass at each level of compression, where that was asked for.
     """
 
     model: str
@@ -70,6 +72,7 @@ class Inspection:
     length: int | None
     parts: list[Part]
     limits: list[str]
+    memory: list[Footprint] = field(default_factory=list)
 
     @property
     def blocks(self) -> int:
@@ -98,7 +101,13 @@ class Inspection:
 
 
 def inspect_model(
-    model: nn.Module, *, blocks: str | None = None, batch: int = 8, length: int = 64, repeats: int = 5
+    model: nn.Module,
+    *,
+    blocks: str | None = None,
+    batch: int = 8,
+    length: int = 64,
+    repeats: int = 5,
+    memory: bool = False,
 ) -> Inspection:
     """Find the parts of ``model`` and measure them on made-up input, where it is.
 
@@ -111,6 +120,7 @@ def inspect_model(
         batch: samples in the made-up batch.
         length: tokens per sample (text only; images and audio have the size that the configuration names).
         repeats: timed passes, after one that is not timed.
+        memory: count what is kept for the backward pass at each level of compression, too.
 
     Raises:
         ConfigError: ``batch``, ``length`` or ``repeats`` below 1, or more tokens than the model has positions for.
@@ -133,10 +143,11 @@ def inspect_model(
     else:
         if tokens:
             _check_length(runner, length)
-        measured = _measure(runner, stack, call, repeats)
+        measured = _measure(runner, stack, call, repeats, tuple(LEVELS) if memory else ("off",))
     owners: list[Owner] = ["stem", *range(len(stack)), "head"]
     parts = [_part(stack, owner, position, measured) for position, owner in enumerate(owners)]
-    return Inspection(type(stack.model).__name__, stack.path, batch, length if tokens else None, parts, limits)
+    kept = measured.kept if measured is not None and memory else []
+    return Inspection(type(stack.model).__name__, stack.path, batch, length if tokens else None, parts, limits, kept)
 
 
 def _check_length(runner: nn.Module, length: int) -> None:
@@ -180,20 +191,29 @@ class _Measured:
     """By position: 0 is the stem, 1..N the blocks, N + 1 the head. ``boundary[i]`` is what leaves position i."""
 
     boundary: dict[int, tuple[int, int | None]] = field(default_factory=dict)
-    saved: list[int] = field(default_factory=list)
+    kept: list[Footprint] = field(default_factory=list)  # by level; the first is without compression
     forward: list[list[float]] = field(default_factory=list)
     backward: list[list[float]] = field(default_factory=list)
+
+    def note_boundary(self, index: int, hidden: torch.Tensor | None) -> None:
+        """``hidden`` enters block ``index``: it is what leaves the position before."""
+        if hidden is not None:
+            sample = hidden.numel() * hidden.element_size() // hidden.shape[0]
+            self.boundary[index] = (sample, sample // hidden.shape[1] if hidden.dim() == 3 else None)
 
     def add_to(self, part: Part, position: int) -> Part:
         sample, token = self.boundary.get(position, (None, None))
         return Part(
-            part.name, part.path, part.parameters, part.bytes, part.freezes_with, sample, token, self.saved[position],
+            part.name, part.path, part.parameters, part.bytes, part.freezes_with, sample, token,
+            self.kept[0].by_part()[position],
             statistics.median(times[position] for times in self.forward),
             statistics.median(times[position] for times in self.backward),
         )  # fmt: skip
 
 
-def _measure(runner: nn.Module, stack: BlockStack, call: Call, repeats: int) -> _Measured:
+def _measure(
+    runner: nn.Module, stack: BlockStack, call: Call, repeats: int, levels: tuple[str, ...]
+) -> _Measured:  # fmt: skip
     found = _Measured()
     gradients = [(p, p.grad) for p in runner.parameters()]
     # With the model itself as the only "block", no requires_grad is touched: what was born frozen is measured so.
@@ -202,7 +222,8 @@ def _measure(runner: nn.Module, stack: BlockStack, call: Call, repeats: int) -> 
         # Not in place: what is there belongs to the caller.
         runner.zero_grad(set_to_none=True)
         try:
-            found.saved = _saved_bytes(runner, stack, call, found.boundary)
+            with _hooks(stack, found.note_boundary):
+                found.kept = [footprint(runner, stack.blocks, call, level) for level in levels]
             for _ in range(repeats):
                 forward, backward = _timed_pass(runner, stack, call)
                 found.forward.append(forward)
@@ -236,35 +257,6 @@ def _hooks(stack: BlockStack, enter: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _saved_bytes(
-    runner: nn.Module, stack: BlockStack, call: Call, boundary: dict[int, tuple[int, int | None]]
-) -> list[int]:
-    """One pass, not timed: bytes that autograd saves at each position; fills in the boundary sizes."""
-    saved = [0] * (len(stack) + 2)
-    position = 0
-    known = {t.untyped_storage().data_ptr() for t in (*runner.parameters(), *runner.buffers())}
-
-    def enter(index: int, hidden: torch.Tensor | None) -> None:
-        nonlocal position
-        position = index + 1
-        if hidden is not None:
-            sample = hidden.numel() * hidden.element_size() // hidden.shape[0]
-            boundary[index] = (sample, sample // hidden.shape[1] if hidden.dim() == 3 else None)
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
-            saved[position] += storage.nbytes()
-        return tensor
-
-    with _hooks(stack, enter), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        # The graph lives until the pass has ended, so that no storage is freed and its address taken by another.
-        output = runner(*call[0], **call[1])
-    torch.autograd.backward(_scalar(output))
-    return saved
 
 
 def _timed_pass(runner: nn.Module, stack: BlockStack, call: Call) -> tuple[list[float], list[float]]:

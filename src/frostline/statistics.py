@@ -6,14 +6,15 @@ gradients are linear, so the sum over micro-batches is in ``.grad`` already.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from frostline.errors import ResumeError
 
-__all__ = ["GradientSum"]
+__all__ = ["GradientSum", "Measurements", "WeightChange"]
 
 
 class GradientSum:
@@ -103,3 +104,99 @@ class GradientSum:
                 )
         self._sums = {name: value.to(parameters[name].device, copy=True) for name, value in tensors.items()}
         self.steps = steps
+
+
+class WeightChange:
+    """How far an optimizer step moves each layer: sum |after - before| / sum |before| (SlimFit, algorithms.md 3.2).
+
+    The published mean of |change / weight| divides by every zero there is; a ratio of norms does not. Only what trains
+    at the step is copied, so the cost is a copy of the active layers, for the length of the optimizer's own step.
+
+    Args:
+        layers: parameters by dotted path.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Parameter]) -> None:
+        self._layers = dict(layers)
+        self._before: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Remember the weights that the coming step changes: those that have a gradient."""
+        self._before = {name: p.detach().clone() for name, p in self._layers.items() if p.grad is not None}
+
+    @torch.no_grad()
+    def after(self) -> dict[str, float] | None:
+        """The change of each layer that had a gradient; ``None`` where nothing moved (a scaler skipped the step)."""
+        before, self._before = self._before, {}
+        copies = list(before.values())
+        sizes = _norms(copies)
+        if copies:
+            torch._foreach_sub_(copies, [self._layers[name] for name in before])
+        tiny = torch.finfo(torch.float32).tiny
+        changes = [move / max(size, tiny) for move, size in zip(_norms(copies), sizes, strict=True)]
+        return dict(zip(before, changes, strict=True)) if any(changes) or not changes else None
+
+
+def _norms(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """L1 norms, summed in at least fp32."""
+    if not tensors:
+        return []
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return torch.stack(torch._foreach_norm(list(tensors), 1, dtype=wide)).tolist()
+
+
+class Measurements:
+    """What a policy needs measured, and nothing else.
+
+    Args:
+        needs: ``gradient_sum``, ``weight_change``, both or neither.
+        blocks: block index -> its trainable parameters by name.
+        layers: the parameters that a policy may let rest one by one, by dotted path.
+    """
+
+    def __init__(
+        self,
+        needs: Collection[str],
+        blocks: Mapping[int, Mapping[str, nn.Parameter]],
+        layers: Mapping[str, nn.Parameter],
+    ) -> None:
+        self._sums = GradientSum(blocks) if "gradient_sum" in needs else None
+        self._change = WeightChange(layers) if "weight_change" in needs else None
+        self._changes: dict[str, float] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in this interval that the gradient sums cover."""
+        return self._sums.steps if self._sums is not None else 0
+
+    def before_step(self, scale: float = 1.0, *, check: bool = False) -> None:
+        """Read the gradients (times ``scale``), and the weights as they are before the step."""
+        if self._sums is not None:
+            self._sums.update(scale, check=check)
+        if self._change is not None:
+            self._change.before()
+
+    def after_step(self) -> None:
+        """Read the weights as they are after the step."""
+        if self._change is not None:
+            self._changes = self._change.after()
+
+    def observed(self) -> dict[str, Any]:
+        """What an :class:`~frostline.policies.base.Observation` says of them."""
+        scores = self._sums.norms() if self._sums is not None else None
+        return {"scores": scores, "interval_steps": self.steps, "changes": self._changes}
+
+    def reset(self, active: Iterable[int]) -> None:
+        """Start a new interval for the ``active`` blocks."""
+        if self._sums is not None:
+            self._sums.reset(active)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must keep. Weight changes begin and end within a step."""
+        return self._sums.tensors() if self._sums is not None else {}
+
+    def load(self, tensors: Mapping[str, torch.Tensor], steps: int, active: Sequence[int]) -> None:
+        """Restore what :meth:`tensors` gave."""
+        if self._sums is not None:
+            self._sums.load(tensors, steps, active)

@@ -206,7 +206,7 @@ def test_compiled_network_whose_inputs_are_unknown(in_place: bool) -> None:
         graphs.append(counter.frame_count)
     assert [m["step"] for m in frost.summary()["trajectory"]] == [4, 6, 8]
     assert graphs == [1, 1, 1, 1, 2, 2, 3, 3]
-    assert any("compiled in place" in limit for limit in frost.limits) == in_place
+    assert any("compiled in place" in limit for limit in frost.summary()["limits"]) == in_place
 
 
 def test_compiling_in_place_does_not_compile_the_look_at_a_model() -> None:

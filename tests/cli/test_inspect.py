@@ -45,6 +45,29 @@ def test_json_holds_the_same(workbench: Path) -> None:
     assert len(found["bounds"]) == 4
 
 
+def test_memory_by_level_part_and_operation(workbench: Path) -> None:
+    size = ("--batch", "32", "--length", "16", "--memory")
+    code, out, _ = invoke("inspect", workbench / "model", *size)
+    assert code == 0
+    for expected in (
+        "kept by part",
+        "kept by operation",
+        "slimfit",
+        "published",
+        "layer_norm",
+        "gelu",
+        "smaller by: safe ",
+    ):
+        assert expected in out
+    code, out, _ = invoke("inspect", workbench / "model", *size, "--json")
+    assert code == 0
+    found = json.loads(out)
+    sums = {kept["level"]: sum(sum(part.values()) for part in kept["parts"]) for kept in found["memory"]}
+    assert list(sums) == ["off", "safe", "slimfit", "published", "max"]
+    assert sums["max"] <= sums["slimfit"] < sums["safe"] < sums["off"]
+    assert sums["off"] == sum(part["saved_bytes"] for part in found["parts"])
+
+
 def test_models_that_are_not_for_text_and_decoders_load_too(tmp_path: Path) -> None:
     size = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
     ViTForImageClassification(ViTConfig(image_size=32, patch_size=16, **size)).save_pretrained(tmp_path / "vit")

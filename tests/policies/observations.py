@@ -17,6 +17,8 @@ def plan(blocks: int = 4, *, per_step: int = 8, per_epoch: int = 80, epochs: flo
         samples_per_step=per_step,
         samples_per_epoch=per_epoch,
         epochs=epochs,
+        layer_paths=tuple(f"body.{i}.weight" for i in range(blocks)),
+        bias_paths=tuple(f"body.{i}.bias" for i in range(blocks)),
     )
 
 

@@ -27,6 +27,7 @@ from frostline.policies import (
 from tests.policies.observations import plan, seen
 
 SHIPPED: dict[str, dict[str, Any]] = {
+    "interlayer": {},
     "none": {},
     "static": {"depth": 2},
     "ramp": {"evaluations_per_epoch": 5},
@@ -75,7 +76,7 @@ def test_unknown_name_lists_close_matches_first(name: str, close: str) -> None:
     with pytest.raises(ConfigError) as caught:
         validate(name, {})
     assert f"unknown policy {name!r}: did you mean {close!r}?" in str(caught.value)
-    assert "Valid choices: gradient-norm, none, ramp, random-blocks, static" in str(caught.value)
+    assert "Valid choices: gradient-norm, interlayer, none, ramp, random-blocks, static" in str(caught.value)
 
 
 def test_every_fault_is_named_at_once() -> None:
@@ -171,7 +172,7 @@ def test_state_round_trip(name: str, cut: int) -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_decisions_are_within_bounds(name: str) -> None:
     policy = create(name, SHIPPED[name], plan(8))
-    paths = {*plan(8).block_paths, *plan(8).stem_paths, *plan(8).head_paths}
+    paths = {*plan(8).block_paths, *plan(8).stem_paths, *plan(8).head_paths, *plan(8).layer_paths}
     for decision, why in _replay(policy, _observations(name)):
         assert 0 <= decision.depth < 8
         assert decision.resting <= paths

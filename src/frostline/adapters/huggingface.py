@@ -41,6 +41,7 @@ from frostline.cache import CacheSetting, cache_options
 from frostline.engine import Frostline, plan_for
 from frostline.errors import ConfigError, FrostlineError, ModelError, ResumeError
 from frostline.events import EventLog
+from frostline.memory import MemorySetting, memory_options
 from frostline.policies.registry import create, validate
 from frostline.state import has_state
 from frostline.summary import Summary
@@ -53,6 +54,7 @@ def attach(
     policy: str = "gradient-norm",
     cache: CacheSetting = "off",
     *,
+    memory: MemorySetting = "off",
     blocks: str | None = None,
     events: EventLog | str | Path | None = None,
     max_depth_changes: int | None = None,
@@ -65,6 +67,8 @@ def attach(
         policy: name of a policy (``frostline.policies.available()``); ``none`` installs nothing.
         cache: ``auto`` (where it pays), ``memory`` or ``disk`` keeps boundary activations and skips the frozen prefix;
             ``off``. A mapping sets budgets and more (:class:`~frostline.cache.CacheOptions`).
+        memory: level at which the tensors that autograd saves are compressed (``safe``, ``slimfit``, ``published``,
+            ``max``); ``off``. Also with policy ``none``.
         blocks: dotted path of the list of blocks, where the model has several or none is found.
         events: an :class:`EventLog` or the path of ``events.jsonl``; kept in memory if not given.
         max_depth_changes: bound on moves of the frost line (default: 6 under ``torch_compile``, else none).
@@ -77,19 +81,23 @@ def attach(
         ConfigError: an unknown policy or option, a value out of range, or a second ``attach``.
         ModelError: a model or a wrapper that cannot be frozen by depth.
     """
-    caching = cache_options(cache)
     validate(policy, options)
-    settings = {"policy": policy, "cache": caching, "blocks": blocks, "max_depth_changes": max_depth_changes, **options}
+    settings = {
+        "policy": policy, "cache": cache_options(cache), "memory": memory_options(memory), "blocks": blocks,
+        "max_depth_changes": max_depth_changes, **options,
+    }  # fmt: skip
     frost = Frost(trainer, events, settings)
-    if policy == "none":
+    if policy == "none" and settings["memory"].level == "off":
         # Nothing is installed: this engine only answers summary().
         frost.engine = Frostline(trainer.model or nn.Module(), None, policy=policy, steps_per_epoch=1, epochs=1)
-    else:
-        _refuse(trainer)
-        if trainer.model is not None:
-            # Say now, not an hour into the job, what cannot be frozen; the sizes do not matter for that.
-            create(policy, options, plan_for(BlockStack.find(trainer.model, blocks), 1, 1, 1))
-        frost._install()
+        return frost
+    _refuse(trainer)
+    if settings["memory"].level != "off" and trainer.args.torch_compile:
+        raise ModelError("torch_compile=True: a compiled model is not compressed; drop it, or use memory='off'")
+    if trainer.model is not None and policy != "none":
+        # Say now, not an hour into the job, what cannot be frozen; the sizes do not matter for that.
+        create(policy, options, plan_for(BlockStack.find(trainer.model, blocks), 1, 1, 1))
+    frost._install()
     return frost
 
 
@@ -219,9 +227,7 @@ class Frost:
             # that makes it complete goes first: killed in between, it is not taken for a whole one.
             (directory / "trainer_state.json").unlink(missing_ok=True)
             shutil.rmtree(directory, ignore_errors=True)
-            self.engine.log.append(
-                "checkpoint", step=self.engine.step, samples=self.engine.samples, path=str(directory)
-            )
+            self.engine.journal.write("checkpoint", path=str(directory))
             self.engine.save(
                 directory,
                 epoch_start=self._epoch_start,

@@ -18,6 +18,7 @@ from frostline.cache import CacheSetting, cache_options
 from frostline.engine import COMPILED_DEPTH_CHANGES, NOT_CACHED_COMPILED, Frostline
 from frostline.errors import ConfigError, FrostlineError, ModelError
 from frostline.events import EventLog
+from frostline.memory import MemorySetting, memory_options
 from frostline.policies.registry import validate
 from frostline.summary import Summary
 
@@ -31,6 +32,8 @@ class FrostlineCallback(pl.Callback):
         policy: name of a policy (``frostline.policies.available()``); ``none`` does nothing.
         cache: ``auto`` (where it pays), ``memory`` or ``disk`` keeps boundary activations and skips the frozen prefix;
             ``off``. A mapping sets budgets and more (:class:`~frostline.cache.CacheOptions`).
+        memory: level at which the tensors that autograd saves are compressed (``safe``, ``slimfit``, ``published``,
+            ``max``); ``off``. Also with policy ``none``.
         blocks: dotted path of the list of blocks inside the LightningModule, where it is not found by itself.
         events: an :class:`EventLog` or the path of ``events.jsonl``.
         max_depth_changes: bound on moves of the frost line (default: 6 for a compiled module, else none).
@@ -45,6 +48,7 @@ class FrostlineCallback(pl.Callback):
         policy: str = "gradient-norm",
         cache: CacheSetting = "off",
         *,
+        memory: MemorySetting = "off",
         blocks: str | None = None,
         events: EventLog | str | Path | None = None,
         max_depth_changes: int | None = None,
@@ -53,7 +57,10 @@ class FrostlineCallback(pl.Callback):
         validate(policy, options)
         self.engine: Frostline | None = None
         self._log = events if isinstance(events, EventLog) else EventLog(events)
-        self._settings = {"policy": policy, "cache": cache_options(cache), "blocks": blocks, **options}
+        self._settings = {
+            "policy": policy, "cache": cache_options(cache), "memory": memory_options(memory), "blocks": blocks,
+            **options,
+        }  # fmt: skip
         self._max_depth_changes = max_depth_changes
         self._saved: dict[str, Any] | None = None
         self._counted = 0

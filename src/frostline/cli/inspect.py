@@ -29,6 +29,12 @@ def register(app: typer.Typer) -> None:
         ] = None,
         batch: Annotated[int, typer.Option(help="Samples in the made-up batch.")] = 8,
         length: Annotated[int, typer.Option(help="Tokens per sample (text only).")] = 64,
+        memory: Annotated[
+            bool,
+            typer.Option(
+                "--memory", help="Also count what the backward pass keeps at each memory level, by block and operation."
+            ),
+        ] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     ) -> None:
         """Print a model's stem, blocks and head: what freezes together, its size, and its measured time."""
@@ -36,7 +42,7 @@ def register(app: typer.Typer) -> None:
 
         from frostline.inspection import inspect_model
 
-        found = inspect_model(_load(model), blocks=blocks, batch=batch, length=length)
+        found = inspect_model(_load(model), blocks=blocks, batch=batch, length=length, memory=memory)
         if as_json:
             print(json.dumps(found.numbers(), indent=2))
         else:
@@ -86,6 +92,8 @@ def _show(found: Inspection) -> None:
     for part in found.parts:
         table.add_row(*_cells(part, unit))
     Console().print(table)
+    if found.memory:
+        _show_memory(found)
     for part in found.parts:
         if together := _together(part, found.stack):
             print(f"{part.name}: {together}")
@@ -98,6 +106,31 @@ def _show(found: Inspection) -> None:
         )
     for limit in found.limits:
         print(f"limit: {limit}")
+
+
+def _show_memory(found: Inspection) -> None:
+    """What the backward pass keeps at each level: once by part, once by operation."""
+    from rich import box
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    plain = found.memory[0]
+    parts = [(part.name, [kept.by_part()[i] for kept in found.memory]) for i, part in enumerate(found.parts)]
+    operations = [(name, [kept.by_operation().get(name, 0) for kept in found.memory]) for name in plain.by_operation()]
+    # Attention that is computed again keeps its inputs under its own name.
+    others = {name for kept in found.memory for name in kept.by_operation()} - set(plain.by_operation())
+    operations += [(name, [kept.by_operation().get(name, 0) for kept in found.memory]) for name in sorted(others)]
+    for title, rows in (("kept by part", parts), ("kept by operation", operations)):
+        table = Table(box=box.SIMPLE_HEAD)
+        table.add_column(title, no_wrap=True)
+        for kept in found.memory:
+            table.add_column(kept.level, justify="right", no_wrap=True)
+        for name, sizes in [*rows, ("all", [kept.total for kept in found.memory])]:
+            table.add_row(name, *(decimal(size) for size in sizes))
+        Console().print(table)
+    shares = ", ".join(f"{kept.level} {plain.total / kept.total:.1f}x" for kept in found.memory[1:] if kept.total)
+    print(f"smaller by: {shares}")
 
 
 def _cells(part: Part, unit: str) -> list[str]:

@@ -3,6 +3,7 @@
 from frostline.memory.compressor import Compressor, compressing
 from frostline.memory.footprint import Footprint, footprint
 from frostline.memory.levels import LEVELS, Level, level_named
+from frostline.memory.options import MemoryOptions, MemorySetting, memory_options
 from frostline.memory.peak import LiveBytes
 from frostline.memory.truth import gradient_cosines
 
@@ -12,8 +13,11 @@ __all__ = [
     "Footprint",
     "Level",
     "LiveBytes",
+    "MemoryOptions",
+    "MemorySetting",
     "compressing",
     "footprint",
     "gradient_cosines",
     "level_named",
+    "memory_options",
 ]

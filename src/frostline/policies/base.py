@@ -15,7 +15,20 @@ from pydantic import BaseModel, ConfigDict
 
 from frostline.errors import ConfigError
 
-__all__ = ["Cadence", "Decision", "Explained", "Observation", "Plan", "Policy", "PolicyOptions", "checked_depth"]
+__all__ = [
+    "Cadence",
+    "Decision",
+    "Explained",
+    "Moments",
+    "Observation",
+    "Plan",
+    "Policy",
+    "PolicyOptions",
+    "checked_depth",
+]
+
+Moments = Literal["keep", "drop", "host"]
+"""What becomes of the optimizer state of layers while they rest."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +36,8 @@ class Decision:
     """All that any policy can say.
 
     ``depth`` is the number of leading blocks frozen, ``0..N-1``; the stem freezes with block 0.
-    ``resting`` names modules above the frost line (dotted paths in the model) that do not train for
-    now; gradients pass through them.
+    ``resting`` names modules and parameters above the frost line (dotted paths in the model) that do not
+    train for now; gradients pass through them.
     """
 
     depth: int = 0
@@ -36,7 +49,9 @@ class Plan:
     """What is known of the run before it starts.
 
     ``block_paths`` are the dotted paths of the blocks, ``stem_paths`` and ``head_paths`` those of the
-    modules outside them that own parameters. ``samples_per_step`` counts all ranks and micro-batches.
+    modules outside them that own parameters. ``layer_paths`` are those of the parameters that a policy may
+    let rest one by one (weights of any kind), ``bias_paths`` those of biases; both in the whole model.
+    ``samples_per_step`` counts all ranks and micro-batches.
     """
 
     block_paths: tuple[str, ...]
@@ -45,6 +60,8 @@ class Plan:
     samples_per_step: int
     samples_per_epoch: int
     epochs: float
+    layer_paths: tuple[str, ...] = ()
+    bias_paths: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> int:
@@ -70,6 +87,8 @@ class Observation:
 
     ``scores`` is the statistic that the policy asked for, per active block (``gradient_sum``: the L1
     norm of the vector sum of that block's gradients over the interval); ``None`` where it asked for none.
+    ``changes`` (``weight_change``) is how far the last optimizer step moved each layer that had a gradient, relative
+    to its weights; ``None`` where the step was skipped.
     ``interval_steps`` is the number of optimizer steps that the statistic covers.
     """
 
@@ -80,6 +99,7 @@ class Observation:
     blocks: int
     scores: Mapping[int, float] | None = None
     interval_steps: int = 0
+    changes: Mapping[str, float] | None = None
 
     def numbers(self) -> dict[str, Any]:
         out = asdict(self)
@@ -145,17 +165,24 @@ def checked_depth(depth: int, plan: Plan, given: str) -> int:
 class Policy(Generic[OptionsT]):
     """Base of all policies. A subclass sets ``name``, ``summary`` and ``Options`` and writes :meth:`decide`.
 
-    ``needs`` names the statistics to measure: ``gradient_sum`` is the only one so far.
+    ``needs`` names the statistics to measure: ``gradient_sum``, ``weight_change``. ``log_every``: which
+    decisions go into the event log, besides those that move the frost line (1: all).
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     Options: ClassVar[type[PolicyOptions]] = PolicyOptions
     needs: ClassVar[frozenset[str]] = frozenset()
+    log_every: ClassVar[int] = 1
 
     def __init__(self, options: OptionsT, plan: Plan) -> None:
         self.options = options
         self.plan = plan
+
+    @property
+    def moments(self) -> Moments:
+        """What becomes of the optimizer state of resting layers; below the frost line it is always dropped."""
+        return "keep"
 
     def cadence(self) -> Cadence | None:
         """How often :meth:`decide` is asked; ``None``: only :meth:`start` is."""

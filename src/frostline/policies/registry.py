@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from frostline.errors import ConfigError, choices_message, validation_message
 from frostline.policies.base import Plan, Policy, PolicyOptions
 from frostline.policies.gradient_norm import GradientNorm
+from frostline.policies.interlayer import Interlayer
 from frostline.policies.none import NoFreezing
 from frostline.policies.ramp import Ramp
 from frostline.policies.random_blocks import RandomBlocks
@@ -28,7 +29,7 @@ ENTRY_POINT_GROUP = "frostline.policies"
 logger = logging.getLogger("frostline")
 
 _REGISTERED: dict[str, type[Policy[Any]]] = {
-    policy.name: policy for policy in (NoFreezing, Static, Ramp, RandomBlocks, GradientNorm)
+    policy.name: policy for policy in (NoFreezing, Static, Ramp, RandomBlocks, GradientNorm, Interlayer)
 }
 
 

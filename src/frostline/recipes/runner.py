@@ -23,6 +23,7 @@ from frostline.adapters.huggingface import Frost, attach
 from frostline.adapters.recorder import Recorder, plain_metrics
 from frostline.errors import ConfigError, FrostlineError, ResumeError
 from frostline.events import EventLog, environment, json_safe
+from frostline.memory import MemoryOptions
 from frostline.recipes.directory import RunDirectory, write_recipe
 from frostline.recipes.schema import FreezeSection, Recipe, Schedule
 from frostline.recipes.training import build_arguments
@@ -88,6 +89,7 @@ def _baseline(recipe: Recipe, data: Prepared, setup: float) -> dict[str, Any]:
         update={
             "name": "baseline",
             "freeze": FreezeSection(policy="none"),
+            "memory": MemoryOptions(),
             "baseline": "none",
             "output_dir": str(folder),
         }
@@ -120,6 +122,7 @@ def _side(
         trainer,
         freeze.policy,
         recipe.cache,
+        memory=recipe.memory,
         blocks=freeze.blocks,
         events=recorder.log,
         max_depth_changes=freeze.max_depth_changes,

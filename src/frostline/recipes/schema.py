@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from frostline.cache import CacheOptions
 from frostline.errors import ConfigError, choices_message
+from frostline.memory import MemoryOptions
 from frostline.policies.registry import validate
 from frostline.recipes.document import apply_overrides, read_yaml
 from frostline.recipes.library import recipe_path
@@ -81,6 +82,7 @@ class Recipe(_Section):
     max_length: int = Field(default=128, ge=2, description="tokens; longer texts are cut")
     freeze: FreezeSection = FreezeSection()
     cache: CacheOptions = CacheOptions()
+    memory: MemoryOptions = MemoryOptions()
     schedule: Schedule | None = None
     training: dict[str, Any] = Field(default_factory=dict, validate_default=True)
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -112,7 +114,12 @@ class Recipe(_Section):
         return Path(self.output_dir or f"runs/{self.name}-seed{self.seed}").expanduser()
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"data": DataSpec, "cache": CacheOptions, "schedule": Schedule}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "data": DataSpec,
+    "cache": CacheOptions,
+    "memory": MemoryOptions,
+    "schedule": Schedule,
+}
 
 
 def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:

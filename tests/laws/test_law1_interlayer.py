@@ -1,0 +1,143 @@
+"""Laws 1 and 4 for a policy that changes its mind at every step."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from frostline import Frostline
+from frostline.errors import ModelError
+from frostline.memory import saved as saved_tensors
+from tests.architectures import ARCHITECTURES, Architecture
+from tests.laws.loops import OPTIMIZERS, Loop, moved, parameters
+
+BY_NAME = {a.name: a for a in ARCHITECTURES}
+STEPS = 8
+
+
+class Job:
+    """A model that trains under policy interlayer."""
+
+    def __init__(
+        self, architecture: Architecture, optimizer: str = "adamw", memory: str = "off", **options: object
+    ) -> None:
+        self.architecture = architecture
+        self.model = architecture.build()
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        self.frost = Frostline(
+            self.model, self.optimizer, policy="interlayer", memory=memory, steps_per_epoch=STEPS, epochs=1,
+            blocks=architecture.path, **{"share": 0.7, **options},
+        )  # fmt: skip
+
+    def step(self, loop: Loop | None = None) -> float:
+        """One step; the batch and the random numbers depend on how many there were."""
+        torch.manual_seed(self.frost.step)
+        batch = self.architecture.inputs(seed=self.frost.step)
+        self.model.train()
+        loss = self.model(**batch).loss
+        loss.backward()
+        self.frost.before_step()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.frost.after_step()
+        return float(loss.detach())
+
+    @property
+    def resting(self) -> frozenset[str]:
+        return self.frost.freezer.decision.resting
+
+
+_PAIRS = [(a, "adamw") for a in ARCHITECTURES] + [(BY_NAME["bert"], o) for o in OPTIMIZERS if o != "adamw"]
+
+
+@pytest.mark.parametrize(("architecture", "optimizer"), _PAIRS, ids=[f"{a.name}-{o}" for a, o in _PAIRS])
+def test_what_rests_does_not_move_and_what_trains_does(architecture: Architecture, optimizer: str) -> None:
+    job = Job(architecture, optimizer)
+    seen: set[frozenset[str]] = set()
+    for _ in range(STEPS):
+        resting, before = job.resting, parameters(job.model)
+        seen.add(resting)
+        job.step()
+        changed = moved(before, parameters(job.model))
+        assert not changed & resting
+        assert changed - resting, "nothing trained"
+    assert len(seen) > STEPS // 2, "the policy did not change its mind"
+    trained = set(job.frost.policy.distances)  # type: ignore[attr-defined]
+    assert len(trained) >= 0.9 * len(job.frost.policy.layers)  # type: ignore[attr-defined]
+    job.frost.finish()
+    assert all(p.requires_grad for n, p in job.model.named_parameters() if n in job.frost.plan.layer_paths)
+
+
+@pytest.mark.parametrize("moments", ["keep", "drop"])
+def test_moments_of_resting_layers_are_kept_or_dropped(moments: str) -> None:
+    job = Job(BY_NAME["bert"], moments=moments)
+    for _ in range(STEPS):
+        job.step()
+    named = dict(job.model.named_parameters())
+    kept = [name for name in job.resting if job.optimizer.state.get(named[name])]
+    assert (len(kept) > 0) == (moments == "keep")
+
+
+@pytest.mark.parametrize("memory", ["off", "slimfit"])
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_resumed_run_is_the_uninterrupted_one(at: int, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saved_tensors, "SMALL", 2)
+    whole = Job(BY_NAME["bert"], memory=memory)
+    losses = [whole.step() for _ in range(STEPS)]
+    first = Job(BY_NAME["bert"], memory=memory)
+    for _ in range(at):
+        first.step()
+    saved = copy.deepcopy((first.model.state_dict(), first.optimizer.state_dict(), first.frost.state_dict()))
+    second = Job(BY_NAME["bert"], memory=memory)
+    second.model.load_state_dict(saved[0])
+    second.optimizer.load_state_dict(saved[1])
+    second.frost.load_state_dict(saved[2])
+    assert [second.step() for _ in range(STEPS - at)] == losses[at:]
+    assert not moved(parameters(whole.model), parameters(second.model))
+    assert second.resting == whole.resting
+
+
+def test_a_step_that_the_scaler_skips_records_nothing() -> None:
+    job = Job(BY_NAME["bert"])
+    job.step()
+    distances, resting = dict(job.frost.policy.distances), job.resting  # type: ignore[attr-defined]
+    job.model(**job.architecture.inputs()).loss.backward()
+    job.frost.before_step()
+    job.optimizer.zero_grad()  # a scaler that found an overflow does not call step()
+    job.frost.after_step()
+    assert job.frost.policy.distances == distances  # type: ignore[attr-defined]
+    assert job.resting == resting
+
+
+def test_a_layer_that_is_not_used_does_not_stop_the_others() -> None:
+    """It counts as visited; with one layer that trains it would else be chosen for ever."""
+    job = Job(BY_NAME["llama-classes"], share=0.9)
+    unused = job.frost.policy.layers[0]  # type: ignore[attr-defined]
+    named = dict(job.model.named_parameters())
+    for _ in range(30):
+        job.model.train()
+        job.model(**job.architecture.inputs(seed=job.frost.step)).loss.backward()
+        named[unused].grad = None
+        job.frost.before_step()
+        job.optimizer.step()
+        job.optimizer.zero_grad()
+        job.frost.after_step()
+    assert set(job.frost.policy.distances) == set(job.frost.policy.layers)  # type: ignore[attr-defined]
+    assert job.frost.policy.distances[unused] == 0.0  # type: ignore[attr-defined]
+
+
+def test_a_hundred_decisions_are_one_line_of_the_log() -> None:
+    job = Job(BY_NAME["plain"])
+    for _ in range(101):
+        job.step()
+    decisions = [event for event in job.frost.log.events if event["event"] == "decision"]
+    assert [event["evaluation"] for event in decisions] == [100]
+
+
+def test_a_compiled_model_is_refused() -> None:
+    model = BY_NAME["bert"].build()
+    with pytest.raises(ModelError, match="compiled"):
+        Frostline(torch.compile(model), None, policy="interlayer", steps_per_epoch=1, epochs=1)
