@@ -17,7 +17,7 @@ from torch import nn
 from frostline.blocks import BlockStack
 from frostline.cache import CacheManager, CacheOptions, CacheSetting, cache_options, watched
 from frostline.clock import Clock
-from frostline.errors import ModelError, ResumeError
+from frostline.errors import ConfigError, ModelError, ResumeError
 from frostline.events import EventLog
 from frostline.freezer import Freezer, refuse_wrapper
 from frostline.journal import Journal
@@ -96,7 +96,13 @@ class Frostline:
         max_depth_changes: int | None = None,
         **options: Any,
     ) -> None:
-        caching, level = cache_options(cache), memory_options(memory).level
+        caching, saving = cache_options(cache), memory_options(memory)
+        if saving.budget is not None:
+            raise ConfigError(
+                "memory.budget fits the batches of a Trainer; in a loop of your own frostline.memory.plan_memory says "
+                "what fits, and memory.level sets it"
+            )
+        level = saving.level
         checked = validate(policy, options)
         self.clock = Clock(steps_per_epoch, epochs, batch_size, samples_per_epoch, sized=sized)
         self.log = events if isinstance(events, EventLog) else EventLog(events)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from frostline.memory import MemoryPlan
+
 __all__ = ["Summary"]
 
 
@@ -17,15 +19,21 @@ class Summary(dict[str, Any]):
             f"frost line at {self['final_depth']} of {self['blocks']} blocks after {self['steps']} steps: {moves}",
             f"{self['decisions']} decisions, {self['seconds']['statistics']:.2f} s statistics, "
             f"{self['seconds']['decide']:.2f} s deciding",
-            *([_memory_line(self["memory"])] if self.get("memory") else []),
+            *(_memory_lines(self["memory"]) if self.get("memory") else []),
             *([_cache_line(self["cache"])] if self.get("cache") else []),
             *(f"limit: {message}" for message in self["limits"]),
         ]
         return "\n".join(lines)
 
 
-def _memory_line(memory: dict[str, Any]) -> str:
-    return f"memory: level {memory['level']}, at most {memory['kept'] / 2**20:.1f} MiB kept for a backward pass"
+def _memory_lines(memory: dict[str, Any]) -> list[str]:
+    lines = []
+    if memory.get("plan"):
+        lines.append(f"memory: {MemoryPlan.from_numbers(memory['plan'])}")
+    if memory["kept"] is not None:
+        kept = memory["kept"] / 2**20
+        lines.append(f"memory: level {memory['level']}, at most {kept:.1f} MiB kept for a backward pass")
+    return lines
 
 
 def _cache_line(cache: dict[str, Any]) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import frostline
+from frostline.adapters import fitting
 from frostline.errors import ConfigError, ModelError
-from tests.adapters.hosts import bert, trainer_for
+from tests.adapters.hosts import Rows, bert, trainer_for
 from tests.memory.steps import everything_packs, packed_roles
 
 
@@ -65,3 +67,78 @@ def test_what_cannot_be_compressed_is_refused(tmp_path: Path) -> None:
         frostline.attach(trainer_for(tmp_path), memory="tiny")
     with pytest.raises(ModelError, match="torch_compile"):
         frostline.attach(trainer_for(tmp_path, torch_compile=True), "none", memory="safe")
+
+
+def rows_of_a_budget(frost: Any) -> list[dict[str, Any]]:
+    return [event for event in frost.log.events if event["event"] == "memory"]
+
+
+def plain_peak(folder: Path, policy: str = "none", **options: Any) -> int:
+    """What the memory model says of the run as it is."""
+    trainer = trainer_for(folder, max_steps=1)
+    frost = frostline.attach(trainer, policy, memory={"budget": 10**12}, **options)
+    trainer.train()
+    (plan,) = rows_of_a_budget(frost)
+    return int(plan["plain"])
+
+
+def test_a_run_that_fits_its_budget_is_left_alone(tmp_path: Path) -> None:
+    plain = trainer_for(tmp_path / "a")
+    plain.train()
+    fitted = trainer_for(tmp_path / "b")
+    frost = frostline.attach(fitted, "none", memory={"budget": "1GiB"})
+    fitted.train()
+    (plan,) = rows_of_a_budget(frost)
+    assert (plan["steps"], plan["level"], plan["checkpointing"]) == (1, "off", False)
+    for one, other in zip(plain.model.parameters(), fitted.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("policy", ["none", "static", "interlayer"])
+def test_a_budget_makes_the_run_smaller_and_the_settings_come_back(policy: str, tmp_path: Path) -> None:
+    options = {"depth": 1} if policy == "static" else {}
+    budget = int(0.97 * plain_peak(tmp_path / "a", policy, **options))
+    trainer = trainer_for(tmp_path / "b", rows=Rows(64, length=8))
+    args = trainer.args
+    before = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.gradient_checkpointing)
+    frost = frostline.attach(trainer, policy, memory={"budget": budget}, **options)
+    trainer.train()
+    (plan,) = rows_of_a_budget(frost)
+    assert plan["peak"] <= budget < plan["plain"]
+    assert plan["rows"] * plan["steps"] == before[0]
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.gradient_checkpointing) == before
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in trainer.model.modules())
+    assert frost.summary()["samples"] == 64 * args.num_train_epochs
+    assert frost.summary()["memory"]["plan"]["rows"] == plan["rows"]
+    assert f"micro-batches of {plan['rows']}" in str(frost.summary())
+
+
+def test_a_resumed_run_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = int(0.97 * plain_peak(tmp_path / "a"))
+    settings = {"save_strategy": "steps", "save_steps": 4}
+    trainer = trainer_for(tmp_path / "b", max_steps=4, **settings)
+    frost = frostline.attach(trainer, "none", memory={"budget": budget})
+    trainer.train()
+    (plan,) = rows_of_a_budget(frost)
+    monkeypatch.setattr(fitting, "plan_memory", lambda *_, **__: pytest.fail("measured again"))
+    again = trainer_for(tmp_path / "b", max_steps=6, **settings)
+    frost = frostline.attach(again, "none", memory={"budget": budget})
+    again.train(resume_from_checkpoint=True)
+    kept = rows_of_a_budget(frost)[-1]
+    assert {key: kept[key] for key in plan if key != "time"} == {key: plan[key] for key in plan if key != "time"}
+
+
+def test_budgets_that_cannot_be(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path / "a")
+    frostline.attach(trainer, "none", memory={"budget": 1000})
+    with pytest.raises(ConfigError, match=r"memory.budget=.* cannot be met: a step takes at least .* of it weights"):
+        trainer.train()
+    with pytest.raises(ConfigError, match="build the Trainer with model="):
+        frostline.attach(
+            trainer_for(tmp_path / "b", extra={"model_init": lambda: bert()}), "none", memory={"budget": "1GiB"}
+        )
+    with pytest.raises(ConfigError, match="budget"):
+        frostline.attach(trainer_for(tmp_path / "c"), "none", memory={"budget": "-1"})
+    with pytest.raises(ConfigError, match=r"frostline.memory.plan_memory"):
+        frostline.Frostline(bert(), None, policy="none", memory={"budget": "1GiB"}, steps_per_epoch=1, epochs=1)

@@ -55,8 +55,8 @@ def check(checkpoint: Path, model: nn.Module | None) -> None:
     if not _was_finished(checkpoint):
         raise ResumeError(f"{checkpoint} was not written to its end: trainer_state.json is missing or torn")
     if has_state(checkpoint):
-        saved = load_state(checkpoint)[0]["model"]
-        found = fingerprint(unwrap(model), saved["blocks"]) if model is not None else saved
+        saved = load_state(checkpoint)[0].get("model")  # policy none knows no blocks, and says nothing of the model
+        found = fingerprint(unwrap(model), saved["blocks"]) if model is not None and saved is not None else saved
         if saved != found:
             raise ResumeError(f"{checkpoint} belongs to another model: {saved}, this one is {found}")
 

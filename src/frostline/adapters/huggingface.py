@@ -35,13 +35,14 @@ from transformers import (
 from transformers.trainer_utils import has_length
 
 from frostline.adapters.checkpoints import check, newest_complete
+from frostline.adapters.fitting import Fitting
 from frostline.adapters.randomness import capture, restore
 from frostline.blocks import BlockStack
 from frostline.cache import CacheSetting, cache_options
 from frostline.engine import Frostline, plan_for
 from frostline.errors import ConfigError, FrostlineError, ModelError, ResumeError
 from frostline.events import EventLog
-from frostline.memory import MemorySetting, memory_options
+from frostline.memory import MemoryOptions, MemorySetting, memory_options
 from frostline.policies.registry import create, validate
 from frostline.state import has_state
 from frostline.summary import Summary
@@ -82,17 +83,18 @@ def attach(
         ModelError: a model or a wrapper that cannot be frozen by depth.
     """
     validate(policy, options)
+    saving = memory_options(memory)
     settings = {
-        "policy": policy, "cache": cache_options(cache), "memory": memory_options(memory), "blocks": blocks,
-        "max_depth_changes": max_depth_changes, **options,
+        "policy": policy, "cache": cache_options(cache), "blocks": blocks, "max_depth_changes": max_depth_changes,
+        **options,
     }  # fmt: skip
-    frost = Frost(trainer, events, settings)
-    if policy == "none" and settings["memory"].level == "off":
+    frost = Frost(trainer, events, settings, Fitting(trainer, saving, policy, options, blocks))
+    if policy == "none" and saving == MemoryOptions():
         # Nothing is installed: this engine only answers summary().
         frost.engine = Frostline(trainer.model or nn.Module(), None, policy=policy, steps_per_epoch=1, epochs=1)
         return frost
     _refuse(trainer)
-    if settings["memory"].level != "off" and trainer.args.torch_compile:
+    if saving != MemoryOptions() and trainer.args.torch_compile:
         raise ModelError("torch_compile=True: a compiled model is not compressed; drop it, or use memory='off'")
     if trainer.model is not None and policy != "none":
         # Say now, not an hour into the job, what cannot be frozen; the sizes do not matter for that.
@@ -124,11 +126,12 @@ class Frost:
         trainer: Trainer,
         events: EventLog | str | Path | None,
         settings: dict[str, Any],
+        fitting: Fitting,
     ) -> None:
         self.trainer = trainer
         self.engine: Frostline | None = None
         self.log = events if isinstance(events, EventLog) else EventLog(events)
-        self._settings = settings
+        self._settings, self._fitting = settings, fitting
         self._callback = _Callback(self)
         self._wrapped: list[tuple[Any, str, Any]] = []
         self._resume_from: Path | None = None
@@ -148,7 +151,13 @@ class Frost:
         """What happened in the last ``train()``; ``print`` it, or read it as a dictionary."""
         if self.engine is None:
             raise FrostlineError("nothing to summarise yet: call trainer.train() first")
-        return self.engine.summary()
+        found = self.engine.summary()
+        if self._fitting.plan is not None:
+            found["memory"] = {
+                **(found["memory"] or {"level": "off", "kept": None}),
+                "plan": self._fitting.plan.numbers(),
+            }
+        return found
 
     def detach(self) -> None:
         """Thaw the model and put the Trainer back as it was."""
@@ -206,7 +215,8 @@ class Frost:
             check(self._resume_from, self.trainer.model)
             resume_from_checkpoint = str(self._resume_from)
         try:
-            return original(resume_from_checkpoint, *args, **kwargs)
+            with self._fitting.run(self._resume_from):
+                return original(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
             # Whoever catches this (a notebook, a search over settings) goes on with an ordinary model.
             self._end()
@@ -232,6 +242,7 @@ class Frost:
                 directory,
                 epoch_start=self._epoch_start,
                 loss={"sum": loss, "logged_step": trainer._globalstep_last_logged},
+                memory=self._fitting.plan.numbers() if self._fitting.plan is not None else None,
             )
         trainer.accelerator.wait_for_everyone()
         original(model, trial)
@@ -289,8 +300,11 @@ class Frost:
             sized=has_length(loader),
             events=self.log,
             scaler=getattr(trainer.accelerator, "scaler", None),
+            memory=self._fitting.level,
             **self._settings,
         )
+        if self._fitting.plan is not None:
+            self.engine.journal.write("memory", **self._fitting.plan.numbers())
         self._wrap(trainer.accelerator, "clip_grad_norm_", self._clip)
         self.engine.loader(loader)
         self._steps_per_epoch = per_epoch

@@ -41,6 +41,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Measure the peak from here on."""
         self.peak = self.now
 
+    def forget(self, tensor: Tensor) -> None:
+        """Do not count the storage of ``tensor`` any longer."""
+        key = tensor.untyped_storage()._cdata
+        if self._alive.pop(key, None) is not None:
+            self.now -= tensor.untyped_storage().nbytes()
+
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -48,9 +54,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         nbytes = storage.nbytes()
 
-        def gone(_: Any) -> None:
-            self._alive.pop(key, None)
-            self.now -= nbytes
+        def gone(reference: weakref.ref[Any]) -> None:
+            if self._alive.get(key) is reference:
+                del self._alive[key]
+                self.now -= nbytes
 
         self._alive[key] = weakref.ref(storage, gone)
         self.now += nbytes

@@ -1,0 +1,183 @@
+"""Chooses how a run is to fit into a memory budget: micro-batch, compression level, gradient checkpointing.
+
+What already fits is left alone. Otherwise the memory model says for each way to run a step how large a micro-batch
+fits, which a step of that size confirms; the candidates are timed as they would run, and the fastest a sample is
+taken; of two that are as fast, the more exact one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from frostline.errors import ConfigError
+from frostline.memory.model import Activations, Bench, MemoryModel, OptimizerCost, Way
+
+__all__ = ["MemoryPlan", "candidates", "plan_memory"]
+
+# From more to less exact.
+_LADDER = ("safe", "slimfit", "max")
+# A way must be this much faster than a more exact one.
+_TELLS_APART = 0.95
+
+
+@dataclass(frozen=True)
+class Considered:
+    """One way that fits: its largest micro-batch, bytes at the peak, seconds a sample."""
+
+    level: str
+    checkpointing: bool
+    rows: int
+    peak: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a run fits into ``budget`` bytes.
+
+    Attributes:
+        rows: samples in a micro-batch; ``steps`` of them make what was one batch.
+        level: of compression.
+        checkpointing: whether blocks are checkpointed.
+        peak: bytes at the peak of a step.
+        plain: predicted bytes of the run as it was.
+        considered: every way that fits, with its numbers.
+    """
+
+    budget: int
+    rows: int
+    steps: int
+    level: str
+    checkpointing: bool
+    peak: int
+    plain: int
+    considered: tuple[Considered, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is to change."""
+        return self.steps > 1 or self.level != "off" or self.checkpointing
+
+    def numbers(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_numbers(cls, numbers: Mapping[str, Any]) -> MemoryPlan:
+        """The plan whose :meth:`numbers` these are."""
+        return cls(**{**numbers, "considered": tuple(Considered(**one) for one in numbers["considered"])})
+
+    def __str__(self) -> str:
+        if not self.changes:
+            return f"{_readable(self.plain)} at the peak: within the budget of {_readable(self.budget)} as it is"
+        way = Way(self.level, self.checkpointing)
+        return (
+            f"{_readable(self.plain)} at the peak would exceed the budget of {_readable(self.budget)}: "
+            f"micro-batches of {self.rows} ({self.steps} a step), {way}: {_readable(self.peak)}"
+        )
+
+
+def candidates(strongest: str, *, checkpoints: bool) -> list[Way]:
+    """The ways that a plan may choose from, more exact ones first.
+
+    Args:
+        strongest: name of a level.
+        checkpoints: whether the model can checkpoint its blocks.
+    """
+    # "published" is no step of the ladder: it is taken only where it is asked for.
+    levels = ("published",) if strongest == "published" else _LADDER[: (*_LADDER, "off").index(strongest) + 1]
+    packed = [Way(level) for level in levels if strongest != "off"]
+    return [Way(), *([Way(checkpointing=True)] if checkpoints else []), *packed]
+
+
+def plan_memory(
+    bench: Bench,
+    ways: Sequence[Way],
+    optimizer: OptimizerCost,
+    *,
+    budget: int,
+    rows: int,
+    resting: int = 0,
+    accumulates: bool = False,
+    splits: bool = True,
+) -> MemoryPlan:
+    """How a run with batches of ``rows`` samples is to fit into ``budget`` bytes.
+
+    Args:
+        bench: runs steps of the model, frozen as it is when the run begins.
+        ways: from :func:`candidates`; the first is the run as it is.
+        optimizer: what it takes.
+        budget: bytes for weights, optimizer's state, gradients and activations together.
+        rows: samples in a micro-batch as the run has it.
+        resting: bytes of weights that rest and whose optimizer state is kept on the device.
+        accumulates: whether the run accumulates gradients over micro-batches already.
+        splits: whether smaller micro-batches are the same training (batch normalisation makes it another).
+
+    Raises:
+        ConfigError: nothing fits; the message says what the least is.
+    """
+    model = MemoryModel.measure(bench, ways[:1], optimizer, resting)
+
+    def peak(way: Way, size: int) -> int:
+        return model.peak(way, size, accumulates=accumulates or size < rows)
+
+    def fits(way: Way, size: int) -> bool:
+        if peak(way, size) > budget:
+            return False
+        # The model errs by a few per cent; a step of that size does not.
+        measured = _measured(bench, model, way, size)
+        if measured is not None:
+            model.activations[way] = measured
+        return measured is not None and peak(way, size) <= budget
+
+    if fits(plain := ways[0], rows):
+        return MemoryPlan(budget, rows, 1, plain.level, plain.checkpointing, peak(plain, rows), peak(plain, rows))
+    before = peak(plain, rows)
+    sizes = [size for size in range(rows, 0, -1) if rows % size == 0] if splits else [rows]
+    for way in ways[1:]:
+        model.activations[way] = model.calibrated(bench, way)
+    found = []
+    for way in ways:
+        size = next((size for size in sizes if fits(way, size)), None)
+        if size is not None:
+            seconds = bench.seconds(way, size) / size
+            found.append(Considered(way.level, way.checkpointing, size, peak(way, size), seconds))
+    if found:
+        best = _best(found)
+        return MemoryPlan(
+            budget, best.rows, rows // best.rows, best.level, best.checkpointing, best.peak, before, tuple(found)
+        )
+    least = min(peak(way, sizes[-1]) for way in ways)
+    raise ConfigError(
+        f"memory.budget={_readable(budget)} cannot be met: a step takes at least {_readable(least)}, in micro-batches "
+        f"of {sizes[-1]} ({_readable(model.weights)} of it weights); choose a larger budget, a stronger level, or a "
+        "policy that freezes more"
+    )
+
+
+def _measured(bench: Bench, model: MemoryModel, way: Way, rows: int) -> Activations | None:
+    """What ``way`` takes at the size that is going to be used; ``None`` where the device has not that much."""
+    try:
+        return model.calibrated(bench, way, rows)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _best(found: Sequence[Considered]) -> Considered:
+    """The fastest; one that is less exact has to be clearly faster."""
+    best = found[0]
+    for other in found[1:]:
+        if other.seconds < _TELLS_APART * best.seconds:
+            best = other
+    return best
+
+
+def _readable(nbytes: int) -> str:
+    for unit, size, digits in (("GiB", 2**30, 2), ("MiB", 2**20, 0), ("KiB", 2**10, 0)):
+        if nbytes >= size:
+            return f"{nbytes / size:.{digits}f} {unit}"
+    return f"{nbytes} bytes"
