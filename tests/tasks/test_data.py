@@ -14,8 +14,8 @@ import pytest
 from pydantic import ValidationError
 
 from frostline.errors import DataError
-from frostline.tasks import data
-from frostline.tasks.data import DataSpec, read_splits
+from frostline.tasks._quiet import quiet_datasets
+from frostline.tasks.data import TextSpec, read_splits
 
 ROWS = [{"text": f"text number {n}", "label": "even" if n % 2 == 0 else "odd"} for n in range(20)]
 
@@ -34,7 +34,7 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     return str(path)
 
 
-def error_of(spec: DataSpec) -> str:
+def error_of(spec: TextSpec) -> str:
     with pytest.raises(DataError) as caught:
         read_splits(spec)
     message = str(caught.value)
@@ -44,7 +44,7 @@ def error_of(spec: DataSpec) -> str:
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
 def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    splits = read_splits(DataSpec(source=write(tmp_path / f"all{suffix}", ROWS)))
+    splits = read_splits(TextSpec(source=write(tmp_path / f"all{suffix}", ROWS)))
 
     assert list(splits) == ["train", "validation"]
     assert splits["train"].features["label"].names == ["even", "odd"]
@@ -58,7 +58,7 @@ def test_a_folder_gives_its_splits_in_any_mixture_of_formats(tmp_path: Path) -> 
     write(tmp_path / "dev.jsonl", ROWS[:4])
     write(tmp_path / "test.parquet", ROWS[4:9])
 
-    splits = read_splits(DataSpec(source=str(tmp_path)))
+    splits = read_splits(TextSpec(source=str(tmp_path)))
 
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 20, "validation": 4, "test": 5}
     assert splits["test"]["text"][0] == "text number 4"
@@ -66,7 +66,7 @@ def test_a_folder_gives_its_splits_in_any_mixture_of_formats(tmp_path: Path) -> 
 
 def test_a_mapping_names_one_file_for_each_split(tmp_path: Path) -> None:
     source = {"train": write(tmp_path / "a.csv", ROWS), "test": write(tmp_path / "b.tsv", ROWS[:3])}
-    assert {k: len(v) for k, v in read_splits(DataSpec(source=source)).items()} == {
+    assert {k: len(v) for k, v in read_splits(TextSpec(source=source)).items()} == {
         "train": 18,
         "validation": 2,
         "test": 3,
@@ -75,7 +75,7 @@ def test_a_mapping_names_one_file_for_each_split(tmp_path: Path) -> None:
 
 def test_a_pair_of_texts_under_names_of_their_own(tmp_path: Path) -> None:
     rows = [{"premise": f"p{n}", "claim": f"c{n}", "gold": n % 3, "other": "x"} for n in range(9)]
-    spec = DataSpec(
+    spec = TextSpec(
         source=write(tmp_path / "pairs.jsonl", rows),
         text_column="premise",
         text_pair_column="claim",
@@ -92,7 +92,7 @@ def test_a_pair_of_texts_under_names_of_their_own(tmp_path: Path) -> None:
 def test_quoting_text_and_labels_are_kept_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text('\ufefftext,label\n"one, ""two""\nthree",007\nNA,8\nnull,007\n', encoding="utf-8")
-    splits = read_splits(DataSpec(source=str(path)))
+    splits = read_splits(TextSpec(source=str(path)))
     texts = {text for rows in splits.values() for text in rows["text"]}
     assert texts == {'one, "two"\nthree', "NA", "null"}
     assert splits["train"].features["label"].names == ["007", "8"]
@@ -100,21 +100,21 @@ def test_quoting_text_and_labels_are_kept_as_they_are(tmp_path: Path) -> None:
 
 def test_numbers_as_labels_are_ordered_by_value(tmp_path: Path) -> None:
     rows = [{"text": "t", "label": n} for n in (10, 2, 1, 10, 2)]
-    names = read_splits(DataSpec(source=write(tmp_path / "t.jsonl", rows)))["train"].features["label"].names
+    names = read_splits(TextSpec(source=write(tmp_path / "t.jsonl", rows)))["train"].features["label"].names
     assert names == ["1", "2", "10"]
 
 
 def test_limits_and_the_carved_split_follow_the_seed(tmp_path: Path) -> None:
     source = write(tmp_path / "t.csv", [{"text": f"t{n}", "label": n % 2} for n in range(200)])
-    full = read_splits(DataSpec(source=source))
+    full = read_splits(TextSpec(source=source))
     assert (len(full["train"]), len(full["validation"])) == (180, 20)
     assert not set(full["train"]["text"]) & set(full["validation"]["text"])
-    assert read_splits(DataSpec(source=source))["train"].to_dict() == full["train"].to_dict()
-    other = read_splits(DataSpec(source=source, seed=1))
+    assert read_splits(TextSpec(source=source))["train"].to_dict() == full["train"].to_dict()
+    other = read_splits(TextSpec(source=source, seed=1))
     assert set(other["validation"]["text"]) != set(full["validation"]["text"])
 
-    small = read_splits(DataSpec(source=source, train_limit=10, validation_limit=5))
-    large = read_splits(DataSpec(source=source, train_limit=30, validation_limit=500))
+    small = read_splits(TextSpec(source=source, train_limit=10, validation_limit=5))
+    large = read_splits(TextSpec(source=source, train_limit=30, validation_limit=500))
     assert (len(small["train"]), len(small["validation"]), len(large["validation"])) == (10, 5, 20)
     assert large["train"]["text"][:10] == list(small["train"]["text"]), "a smaller limit is a prefix of a larger one"
     assert set(small["train"]["text"]) <= set(full["train"]["text"])
@@ -122,13 +122,13 @@ def test_limits_and_the_carved_split_follow_the_seed(tmp_path: Path) -> None:
 
 def test_class_ids_do_not_depend_on_the_limit(tmp_path: Path) -> None:
     rows = [{"text": f"t{n}", "label": "rare" if n == 0 else "abc"[n % 3]} for n in range(100)]
-    spec = DataSpec(source=write(tmp_path / "t.csv", rows), train_limit=5)
+    spec = TextSpec(source=write(tmp_path / "t.csv", rows), train_limit=5)
     assert read_splits(spec)["train"].features["label"].names == ["a", "b", "c", "rare"]
 
 
 def test_nothing_is_written_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    splits = read_splits(DataSpec(source=write(tmp_path / "t.csv", ROWS)))
+    splits = read_splits(TextSpec(source=write(tmp_path / "t.csv", ROWS)))
     assert [rows.cache_files for rows in splits.values()] == [[], []]
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
 
@@ -142,13 +142,13 @@ def test_nothing_is_written_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_an_unknown_column_lists_the_choices(tmp_path: Path, column: dict[str, str], said: str) -> None:
-    assert error_of(DataSpec(source=write(tmp_path / "t.csv", ROWS), **column)).startswith(said)
+    assert error_of(TextSpec(source=write(tmp_path / "t.csv", ROWS), **column)).startswith(said)
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), "", "  ", "NaN"])
 def test_missing_text_is_named_by_its_row(tmp_path: Path, value: object) -> None:
     source = write(tmp_path / "t.jsonl", [*ROWS[:2], {"text": value, "label": "odd"}])
-    assert error_of(DataSpec(source=source)) == f"train: row 3 has no text in column 'text' (found {value!r})"
+    assert error_of(TextSpec(source=source)) == f"train: row 3 has no text in column 'text' (found {value!r})"
 
 
 def test_missing_or_impossible_values_are_named_by_their_row(tmp_path: Path) -> None:
@@ -158,17 +158,17 @@ def test_missing_or_impossible_values_are_named_by_their_row(tmp_path: Path) -> 
         ({"text": 5, "label": "odd"}, "train: row 3 has int 5 in column 'text', which must be text"),
         ({"text": "t", "label": 0.5}, "train: row 3 has float 0.5 in column 'label': a label is text or an integer"),
     ]:
-        assert error_of(DataSpec(source=write(tmp_path / "t.jsonl", [*ROWS[:2], bad]))).startswith(said)
+        assert error_of(TextSpec(source=write(tmp_path / "t.jsonl", [*ROWS[:2], bad]))).startswith(said)
     path = tmp_path / "t.csv"
     path.write_text("text,label\na,1\n,2\n")
-    assert error_of(DataSpec(source=str(path))).startswith("train: row 2 has no text")
+    assert error_of(TextSpec(source=str(path))).startswith("train: row 2 has no text")
 
 
 def test_a_label_that_train_lacks_is_named(tmp_path: Path) -> None:
     train = write(tmp_path / "a.csv", ROWS)
     other = write(tmp_path / "b.csv", [ROWS[0], {"text": "t", "label": "evn"}])
     for split in ("validation", "test"):
-        said = error_of(DataSpec(source={"train": train, split: other}))
+        said = error_of(TextSpec(source={"train": train, split: other}))
         assert said.startswith(
             f"{split}: row 2 has a label that train lacks: unknown label 'evn': did you mean 'even'?"
         )
@@ -194,23 +194,23 @@ def test_a_label_that_train_lacks_is_named(tmp_path: Path) -> None:
 )
 def test_unreadable_and_useless_files(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
-    assert said in error_of(DataSpec(source=str(tmp_path / name)))
+    assert said in error_of(TextSpec(source=str(tmp_path / name)))
 
 
 def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "cache"))
-    assert error_of(DataSpec(source=str(tmp_path / "no.csv"))).startswith("no such file or folder")
-    assert error_of(DataSpec(source="data/no.csv")) == "no such file or folder: 'data/no.csv'"
-    assert error_of(DataSpec(source={"train": "no.csv"})) == "no such file: 'no.csv'"
-    assert "names no train file, only test" in error_of(DataSpec(source={"test": "no.csv"}))
-    assert "no train file in" in error_of(DataSpec(source=str(tmp_path)))
-    assert "did you mean 'trec'?" in error_of(DataSpec(source="trek"))
-    assert "run `frostline fetch trec`" in error_of(DataSpec(source="trec"))
-    assert "holds no text" in error_of(DataSpec(source="digits"))
+    assert error_of(TextSpec(source=str(tmp_path / "no.csv"))).startswith("no such file or folder")
+    assert error_of(TextSpec(source="data/no.csv")) == "no such file or folder: 'data/no.csv'"
+    assert error_of(TextSpec(source={"train": "no.csv"})) == "no such file: 'no.csv'"
+    assert "names no train file, only test" in error_of(TextSpec(source={"test": "no.csv"}))
+    assert "no train file in" in error_of(TextSpec(source=str(tmp_path)))
+    assert "did you mean 'trec'?" in error_of(TextSpec(source="trek"))
+    assert "run `frostline fetch trec`" in error_of(TextSpec(source="trec"))
+    assert "holds no text" in error_of(TextSpec(source="digits"))
     write(tmp_path / "train.csv", ROWS)
     write(tmp_path / "train.tsv", ROWS)
-    assert "has 2 train files (train.csv, train.tsv)" in error_of(DataSpec(source=str(tmp_path)))
-    assert "only a hub data set has subsets" in error_of(DataSpec(source=str(tmp_path), subset="mrpc"))
+    assert "has 2 train files (train.csv, train.tsv)" in error_of(TextSpec(source=str(tmp_path)))
+    assert "only a hub data set has subsets" in error_of(TextSpec(source=str(tmp_path), subset="mrpc"))
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +218,7 @@ def test_a_hub_id_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch
         raise ConnectionError(f"Couldn't reach {path!r}\non the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    said = error_of(DataSpec(source="nobody/nothing"))
+    said = error_of(TextSpec(source="nobody/nothing"))
     assert said.startswith("'nobody/nothing' is no local path and cannot be had as a hub data set: Couldn't reach")
 
 
@@ -246,7 +246,7 @@ def test_a_hub_data_set_keeps_its_classes_and_drops_an_unlabelled_test(monkeypat
         return glue_like()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    spec = DataSpec(source="nyu-mll/glue", subset="mrpc", text_column="sentence1", text_pair_column="sentence2")
+    spec = TextSpec(source="nyu-mll/glue", subset="mrpc", text_column="sentence1", text_pair_column="sentence2")
     splits = read_splits(spec)
     assert asked == [("nyu-mll/glue", "mrpc")]
     assert list(splits) == ["train", "validation"]
@@ -258,13 +258,13 @@ def test_a_hub_data_set_keeps_its_classes_and_drops_an_unlabelled_test(monkeypat
 def test_settings_are_checked() -> None:
     for wrong in ({"sourc": "trec"}, {"train_limit": 0}, {"validation_fraction": 1.0}, {"seed": -1}, {"source": ""}):
         with pytest.raises(ValidationError):
-            DataSpec(**{"source": "trec", **wrong})  # type: ignore[arg-type]
+            TextSpec(**{"source": "trec", **wrong})  # type: ignore[arg-type]
 
 
 def test_progress_bars_are_left_as_they_were() -> None:
     from datasets.utils.logging import is_progress_bar_enabled
 
     before = is_progress_bar_enabled()
-    with data.quiet_datasets():
+    with quiet_datasets():
         assert not is_progress_bar_enabled()
     assert is_progress_bar_enabled() == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from transformers import (
 
 from frostline.errors import ConfigError, ModelError
 from frostline.tasks import assets
-from frostline.tasks.data import DataSpec
-from frostline.tasks.text_classification import Prepared, build_model, compute_metrics, prepare
+from frostline.tasks.classification import Prepared, compute_metrics
+from frostline.tasks.data import TextSpec
+from frostline.tasks.text_classification import build_model, prepare
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 WORDS = ["red", "green", "blue", "a", "b", "c", "d"]
@@ -61,16 +63,16 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def spec(tmp_path: Path) -> DataSpec:
+def spec(tmp_path: Path) -> TextSpec:
     """Texts of 1 to 7 words whose first word is their class."""
     rows = [{"text": " ".join([COLOURS[n % 3], *"abcd"[: n % 7]]), "label": COLOURS[n % 3]} for n in range(40)]
     for split, part in (("train", rows), ("test", rows[:9])):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    return DataSpec(source=str(tmp_path))
+    return TextSpec(source=str(tmp_path))
 
 
 @pytest.fixture
-def prepared(spec: DataSpec, model_path: str) -> Prepared:
+def prepared(spec: TextSpec, model_path: str) -> Prepared:
     return prepare(spec, model_path)
 
 
@@ -92,7 +94,7 @@ def test_rows_keep_their_length_and_batches_are_padded_to_their_own(prepared: Pr
     assert batch["labels"].tolist() == [2, 0]
 
 
-def test_long_texts_are_cut(spec: DataSpec, model_path: str) -> None:
+def test_long_texts_are_cut(spec: TextSpec, model_path: str) -> None:
     lengths = {len(row["input_ids"]) for row in prepare(spec, model_path, max_length=4).train}
     assert lengths == {3, 4}
 
@@ -100,14 +102,14 @@ def test_long_texts_are_cut(spec: DataSpec, model_path: str) -> None:
 def test_pairs_are_told_apart_by_token_types(tmp_path: Path, model_path: str) -> None:
     path = tmp_path / "pairs.tsv"
     path.write_text("one\ttwo\tsame\n" + "red a\tred\tyes\nred\tblue b\tno\n" * 5)
-    spec = DataSpec(source=str(path), text_column="one", text_pair_column="two", label_column="same")
+    spec = TextSpec(source=str(path), text_column="one", text_pair_column="two", label_column="same")
     rows = prepare(spec, model_path).train
     by_label = {row["labels"]: row for row in rows}
     assert by_label[1]["input_ids"] == [2, 4, 7, 3, 4, 3]
     assert by_label[1]["token_type_ids"] == [0, 0, 0, 0, 1, 1]
 
 
-def test_preparation_is_deterministic_and_leaves_no_files(spec: DataSpec, model_path: str, prepared: Prepared) -> None:
+def test_preparation_is_deterministic_and_leaves_no_files(spec: TextSpec, model_path: str, prepared: Prepared) -> None:
     again = prepare(spec, model_path)
     assert again.train.to_dict() == prepared.train.to_dict()
     assert again.validation.to_dict() == prepared.validation.to_dict()
@@ -115,7 +117,7 @@ def test_preparation_is_deterministic_and_leaves_no_files(spec: DataSpec, model_
 
 
 def test_no_bar_and_no_report_is_shown(
-    spec: DataSpec, model_path: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    spec: TextSpec, model_path: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     build_model(prepare(spec, model_path), model_path, seed=0)
     shown = capfd.readouterr()
@@ -153,12 +155,12 @@ def test_a_saved_model_loads_again_but_not_for_other_classes(
 
     rows = [{"text": "red", "label": n % 2} for n in range(8)]
     (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    two = prepare(DataSpec(source=str(tmp_path / "two.jsonl")), model_path)
+    two = prepare(TextSpec(source=str(tmp_path / "two.jsonl")), model_path)
     with pytest.raises(ModelError, match=r"head for other classes than the 2 of the data \(0, 1\)"):
         build_model(two, str(tmp_path / "saved"), seed=0)
 
 
-def test_models_that_cannot_be_had(spec: DataSpec, prepared: Prepared, tmp_path: Path) -> None:
+def test_models_that_cannot_be_had(spec: TextSpec, prepared: Prepared, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is no Hugging Face model folder: it has no config.json"):
         prepare(spec, str(tmp_path))
     with pytest.raises(ModelError, match="asset 'trec' is no model; the models are: minilm, mpnet"):
@@ -169,7 +171,7 @@ def test_models_that_cannot_be_had(spec: DataSpec, prepared: Prepared, tmp_path:
 
 
 @pytest.mark.parametrize("length", [2, 129])
-def test_a_length_that_the_model_cannot_take_names_the_range(spec: DataSpec, model_path: str, length: int) -> None:
+def test_a_length_that_the_model_cannot_take_names_the_range(spec: TextSpec, model_path: str, length: int) -> None:
     with pytest.raises(ConfigError, match=f"max_length={length}: must be above 2 .* and at most 128"):
         prepare(spec, model_path, max_length=length)
 
@@ -187,11 +189,12 @@ def test_metrics_against_values_by_hand() -> None:
     not (assets.is_fetched("minilm") and assets.is_fetched("trec")), reason="needs `frostline fetch minilm trec`"
 )
 def test_the_real_model_on_real_questions(caplog: pytest.LogCaptureFixture) -> None:
-    prepared = prepare(DataSpec(source="trec", train_limit=64, validation_limit=8, test_limit=8), "minilm")
+    prepared = prepare(TextSpec(source="trec", train_limit=64, validation_limit=8, test_limit=8), "minilm")
     assert prepared.labels == ["ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"]
     lengths = {len(ids) for ids in prepared.train["input_ids"]}
     assert len(lengths) > 5, "minilm's own tokenizer file pads to 128: rows must keep their length"
-    assert prepared.tokenizer.decode(prepared.train[0]["input_ids"]).startswith("[CLS] ")
+    tokenizer: Any = prepared.processor
+    assert tokenizer.decode(prepared.train[0]["input_ids"]).startswith("[CLS] ")
 
     with caplog.at_level(logging.WARNING):
         model = build_model(prepared, "minilm", seed=0)

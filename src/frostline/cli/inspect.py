@@ -50,12 +50,16 @@ def register(app: typer.Typer) -> None:
 
 
 def _load(name: str) -> nn.Module:
-    """Text models with a classification head, as the text recipes train them; others as their checkpoint says."""
+    """Text and image models with a classification head, as recipes train them; others as their checkpoint says."""
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    )
 
+    import frostline.tasks.efficientnet_lite  # noqa: F401 (registers its classes)
     from frostline.errors import ModelError
-    from frostline.tasks.text_classification import model_path
+    from frostline.tasks.classification import model_path
 
     path = model_path(name)
     transformers.logging.set_verbosity_error()
@@ -68,6 +72,8 @@ def _load(name: str) -> nn.Module:
             if config.get_text_config().pad_token_id is None:
                 # GPT-2 and Llama classify the last token that is no padding, so they must be told which that is.
                 config.get_text_config().pad_token_id = 0
+        elif type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+            factory = transformers.AutoModelForImageClassification
         elif config.architectures:
             factory = getattr(transformers, config.architectures[0], factory)
         model: nn.Module = factory.from_pretrained(path, config=config)

@@ -16,8 +16,14 @@ from frostline.errors import DataError
 __all__ = ["SUFFIXES", "read_table"]
 
 
-def read_table(path: Path) -> dict[str, list[Any]]:
-    """The columns of a file. CSV and TSV (header first, UTF-8) give strings; the others what is stored.
+Table = tuple[dict[str, list[Any]], dict[str, list[str]]]
+
+
+def read_table(path: Path) -> Table:
+    """The columns of a file, and the names of the classes that a column counts where the file declares them.
+
+    CSV and TSV (header first, UTF-8) give strings; the others what is stored. Only Parquet files that ``datasets``
+    wrote declare classes.
 
     Raises :class:`DataError` for a file that is missing, empty, of another format, or malformed.
     """
@@ -31,8 +37,8 @@ def read_table(path: Path) -> dict[str, list[Any]]:
         raise DataError(f"cannot read {str(path)!r}: {' '.join(str(error).split())}") from error
 
 
-def _delimited(delimiter: str) -> Callable[[Path], dict[str, list[Any]]]:
-    def read(path: Path) -> dict[str, list[Any]]:
+def _delimited(delimiter: str) -> Callable[[Path], Table]:
+    def read(path: Path) -> Table:
         parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
         # One block for the header alone, so that every column can then be asked for as text ("007" is a label).
         with pyarrow.csv.open_csv(path, parse_options=parse) as reader:
@@ -42,15 +48,24 @@ def _delimited(delimiter: str) -> Callable[[Path], dict[str, list[Any]]]:
             column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False, quoted_strings_can_be_null=False
         )
         table = pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
-        return _columns(table)
+        return _columns(table), {}
 
     return read
 
 
-def _parquet(path: Path) -> dict[str, list[Any]]:
+def _parquet(path: Path) -> Table:
     table = pyarrow.parquet.read_table(path)
     _check_names(table.column_names, path)
-    return _columns(table)
+    return _columns(table), _declared_classes(table.schema)
+
+
+def _declared_classes(schema: pa.Schema) -> dict[str, list[str]]:
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    from datasets import ClassLabel, Features
+
+    features = Features.from_arrow_schema(schema)
+    return {name: list(feature.names) for name, feature in features.items() if isinstance(feature, ClassLabel)}
 
 
 def _check_names(names: list[str], path: Path) -> None:
@@ -63,7 +78,7 @@ def _columns(table: pa.Table) -> dict[str, list[Any]]:
     return {name: table.column(name).to_pylist() for name in table.column_names}
 
 
-def _jsonl(path: Path) -> dict[str, list[Any]]:
+def _jsonl(path: Path) -> Table:
     rows: list[dict[str, Any]] = []
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
@@ -78,10 +93,10 @@ def _jsonl(path: Path) -> dict[str, list[Any]]:
             rows.append(row)
     # A key that some rows lack is a missing value there, reported with its row by whoever needs the column.
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
+    return {name: [row.get(name) for row in rows] for name in names}, {}
 
 
-_READERS: Mapping[str, Callable[[Path], dict[str, list[Any]]]] = {
+_READERS: Mapping[str, Callable[[Path], Table]] = {
     ".csv": _delimited(","),
     ".tsv": _delimited("\t"),
     ".jsonl": _jsonl,
