@@ -25,16 +25,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification
 
 if not __package__:  # run as a script: its siblings are found from the root of the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.turns import Job, in_turns  # noqa: E402
 from frostline.events import TRAINING_PHASES, environment  # noqa: E402
-from frostline.recipes.runner import run  # noqa: E402
+from frostline.recipes.runner import prepare, run  # noqa: E402
 from frostline.recipes.schema import Recipe, load_recipe  # noqa: E402
-from frostline.tasks.text_classification import prepare  # noqa: E402
+from frostline.tasks.registry import TASKS  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = ("full", "ours")
@@ -104,11 +103,10 @@ def one_run(name: str, overrides: list[str], side: str, seed: int, threads: int)
 
 def _correct(recipe: Recipe, model_path: Path) -> list[bool]:
     """Which test items the saved model gets right, in the order of the file."""
-    data = prepare(recipe.data, recipe.model, recipe.max_length)
-    assert data.test is not None
-    model = AutoModelForSequenceClassification.from_pretrained(model_path).eval()
-    columns = [c for c in data.test.column_names if c in ("input_ids", "attention_mask", "token_type_ids", "labels")]
-    rows = data.test.select_columns(columns)
+    data = prepare(recipe)
+    rows = data.test
+    assert rows is not None
+    model = TASKS[recipe.task].build_model(data, str(model_path), recipe.seed).eval()
     right: list[bool] = []
     with torch.inference_mode():
         for start in range(0, len(rows), 64):

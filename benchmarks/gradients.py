@@ -24,8 +24,9 @@ if not __package__:  # run as a script: its siblings are found from the root of 
 from benchmarks.reports import RESULTS, made_by, write  # noqa: E402
 from frostline import BlockStack  # noqa: E402
 from frostline.memory import LEVELS, footprint, gradient_cosines  # noqa: E402
+from frostline.recipes.runner import prepare  # noqa: E402
 from frostline.recipes.schema import load_recipe  # noqa: E402
-from frostline.tasks.text_classification import build_model, prepare  # noqa: E402
+from frostline.tasks.registry import TASKS  # noqa: E402
 
 TARGETS = {"safe": 0.999, "slimfit": 0.99}
 
@@ -45,8 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     torch.set_num_threads(options.threads)
     recipe = load_recipe(options.recipe, options.overrides)
-    data = prepare(recipe.data, recipe.model, recipe.max_length)
-    model = build_model(data, recipe.model, options.seed).to(options.device)
+    data = prepare(recipe)
+    model = TASKS[recipe.task].build_model(data, recipe.model, options.seed).to(options.device)
     torch.manual_seed(options.seed)
     training, unseen = (
         DataLoader(part.select(range(rows * options.rows)), options.rows, shuffle=True, collate_fn=data.collator)

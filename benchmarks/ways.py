@@ -35,9 +35,8 @@ from benchmarks.timing import spread  # noqa: E402
 from frostline.blocks import BlockStack  # noqa: E402
 from frostline.cache import CacheManager  # noqa: E402
 from frostline.events import TRAINING_PHASES, environment  # noqa: E402
-from frostline.recipes.runner import run  # noqa: E402
+from frostline.recipes.runner import prepare, run  # noqa: E402
 from frostline.recipes.schema import load_recipe  # noqa: E402
-from frostline.tasks.text_classification import prepare  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 MOST_ITEMS = 3
@@ -117,7 +116,7 @@ def _run(name: str, overrides: list[str], way: str, seed: int) -> dict[str, Any]
     off = ["cache.mode=off"] if way == "uncached" else []
     with tempfile.TemporaryDirectory() as folder, _managed_by(WAYS[way]):
         recipe = load_recipe(name, [*overrides, *off, f"seed={seed}", f"output_dir={folder}/run", "baseline=none"])
-        data = prepare(recipe.data, recipe.model, recipe.max_length)
+        data = prepare(recipe)
         summary = run(recipe).summary
         events = [json.loads(line) for line in (Path(folder) / "run" / "events.jsonl").read_text().splitlines()]
     gc.collect()

@@ -46,7 +46,9 @@ def test_version() -> None:
 def test_recipes_are_listed_shown_and_copied(tmp_path: Path) -> None:
     code, out, _ = invoke("recipes", "list")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["20newsgroups", "movie", "reuters8", "trec", "trec-demo"]
+    assert [line.split()[0] for line in out.splitlines()] == [
+        "20newsgroups", "fashion-mnist", "fashion-mnist-cnn", "movie", "reuters8", "trec", "trec-demo",
+    ]  # fmt: skip
     code, shown, _ = invoke("recipes", "show", "trec")
     assert shown.startswith("# MiniLM on TREC-6")
     assert invoke("recipes", "copy", "trec", tmp_path)[0] == 0

@@ -12,6 +12,8 @@ from frostline.errors import ConfigError
 from frostline.recipes import recipe_names, recipe_summary
 from frostline.recipes.document import apply_overrides, parse_yaml
 from frostline.recipes.schema import Recipe, Schedule, load_recipe
+from frostline.tasks.data import ImageSpec, TextSpec
+from frostline.tasks.registry import TASKS
 from tests.recipes.workbench import recipe_content, write_recipe_file
 
 
@@ -34,6 +36,15 @@ def test_trec_has_the_published_rule_and_schedule() -> None:
     given = {"num_train_epochs": 4, "per_device_train_batch_size": 16, "learning_rate": 5e-5, "report_to": "none"}
     assert {key: recipe.training[key] for key in given} == given
     assert recipe.training["optim"] == "adamw_torch_fused"
+
+
+def test_the_task_says_which_data_and_which_size_a_recipe_has() -> None:
+    assert set(TASKS) == {"text-classification", "image-classification"}
+    text, images = load_recipe("trec", ["max_length=null"]), load_recipe("fashion-mnist")
+    assert (type(text.data), text.max_length, text.image_size, text.sample_size) == (TextSpec, 128, None, 128)
+    assert (type(images.data), images.max_length, images.image_size, images.sample_size) == (ImageSpec, None, 98, 98)
+    assert load_recipe("fashion-mnist", ["image_size=null"]).sample_size is None
+    assert load_recipe("fashion-mnist", ["data.image_column=img"]).data.columns() == {"image": "img", "label": "label"}
 
 
 def test_overrides_are_dotted_yaml() -> None:
@@ -111,6 +122,16 @@ def test_every_fault_is_named_at_once() -> None:
         ("trec", ["resume=true", "overwrite=true"], "exclude each other"),
         ("trec", ["baseline=half"], "baseline='half': Input should be 'none' or 'full'"),
         ("trec", ["model=null"], "model=None"),
+        ("trec", ["task=image-clasification"], "task: unknown task 'image-clasification': did you mean 'image-class"),
+        ("trec", ["image_size=98"], "image_size: task 'text-classification' does not have it: .* is max_length"),
+        ("fashion-mnist", ["max_length=9"], "max_length: task 'image-classification' does not have it: .* image_size"),
+        ("fashion-mnist", ["image_size=0"], "image_size=0: Input should be greater than or equal to 1"),
+        (
+            "fashion-mnist",
+            ["data.text_column=a"],
+            "unknown key in data 'text_column':.* Valid choices: image_column, l",
+        ),
+        ("trec", ["data.image_column=a"], "unknown key in data 'image_column':.* text_column"),
     ],
 )
 def test_a_single_fault_is_one_line(name: str, overrides: list[str], message: str) -> None:
@@ -141,10 +162,12 @@ def test_a_recipe_of_the_users_is_named_after_its_file(tmp_path: Path) -> None:
     assert load_recipe(str(path)).name == "mine"
 
 
-def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
-    recipe = load_recipe("trec-demo", ["training.logging_steps=7"])
-    path = write_recipe_file(tmp_path / "again.yaml", yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json"))))
-    assert load_recipe(str(path)) == recipe
+@pytest.mark.parametrize(("name", "ours"), [("trec-demo", "text_column"), ("fashion-mnist", "image_column")])
+def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path, name: str, ours: str) -> None:
+    recipe = load_recipe(name, ["training.logging_steps=7"])
+    content = yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))
+    assert ours in content["data"], "what each task's data add is written, too"
+    assert load_recipe(str(write_recipe_file(tmp_path / "again.yaml", content))) == recipe
 
 
 def test_overrides_leave_the_given_mapping_alone() -> None:

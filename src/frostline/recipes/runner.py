@@ -27,9 +27,10 @@ from frostline.memory import MemoryOptions
 from frostline.recipes.directory import RunDirectory, write_recipe
 from frostline.recipes.schema import FreezeSection, Recipe, Schedule
 from frostline.recipes.training import build_arguments
-from frostline.tasks.text_classification import Prepared, build_model, prepare
+from frostline.tasks.classification import Prepared
+from frostline.tasks.registry import TASKS
 
-__all__ = ["RunInterrupted", "RunResult", "run"]
+__all__ = ["RunInterrupted", "RunResult", "prepare", "run"]
 
 SUMMARY_VERSION = 1
 
@@ -45,6 +46,11 @@ class RunResult:
     directory: Path
     summary: dict[str, Any]
     baseline: dict[str, Any] | None = None
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """The data of ``recipe``, made ready for its model. Raises as the task's own ``prepare`` does."""
+    return TASKS[recipe.task].prepare(recipe.data, recipe.model, recipe.sample_size)
 
 
 def run(recipe: Recipe, *, started: float | None = None) -> RunResult:
@@ -69,7 +75,7 @@ def run(recipe: Recipe, *, started: float | None = None) -> RunResult:
         with _one_progress_bar():
             if recipe.resume:
                 _require_progress(recipe)
-            data = prepare(recipe.data, recipe.model, recipe.max_length)
+            data = prepare(recipe)
             directory.start()
             setup = time.time() - started
             summary = _side(recipe, data, setup, directory.commit)
@@ -166,12 +172,12 @@ class _StepScheduleTrainer(Trainer):
 def _trainer(recipe: Recipe, data: Prepared, checkpoints: Path) -> Trainer:
     set_seed(recipe.seed)
     trainer = _StepScheduleTrainer(
-        model=build_model(data, recipe.model, recipe.seed),
+        model=TASKS[recipe.task].build_model(data, recipe.model, recipe.seed),
         args=build_arguments(recipe.training, checkpoints, seed=recipe.seed),
         train_dataset=data.train,
         eval_dataset=data.validation,
         data_collator=data.collator,
-        processing_class=data.tokenizer,
+        processing_class=data.processor,
         compute_metrics=data.compute_metrics,
         schedule=recipe.schedule,
     )
@@ -198,7 +204,7 @@ def _save_model(trainer: Trainer, data: Prepared, target: Path) -> None:
     temporary = target.with_name("model.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary)
-    data.tokenizer.save_pretrained(temporary)
+    data.processor.save_pretrained(temporary)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)
 

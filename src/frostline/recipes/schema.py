@@ -6,7 +6,16 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from frostline.cache import CacheOptions
 from frostline.errors import ConfigError, choices_message
@@ -16,6 +25,7 @@ from frostline.recipes.document import apply_overrides, read_yaml
 from frostline.recipes.library import recipe_path
 from frostline.recipes.training import checked_training
 from frostline.tasks.data import DataSpec
+from frostline.tasks.registry import TASKS, Task
 
 __all__ = ["FreezeSection", "Recipe", "Schedule", "load_recipe"]
 
@@ -76,10 +86,16 @@ class Recipe(_Section):
     """One fine-tuning run, end to end; ``training`` holds its ``TrainingArguments``, our defaults filled in."""
 
     name: str = Field(default="recipe", pattern=r"^[\w.-]+$", description="names the default output directory")
-    task: Literal["text-classification"] = "text-classification"
+    task: str = Field(default="text-classification", description="one of frostline.tasks.registry.TASKS")
     model: str = Field(min_length=1, description="a fetched asset, a local folder or a hub id")
-    data: DataSpec
-    max_length: int = Field(default=128, ge=2, description="tokens; longer texts are cut")
+    # Each task has its own kind, checked below; as any, so that writing keeps the columns that it adds.
+    data: SerializeAsAny[DataSpec]
+    max_length: int | None = Field(
+        default=None, ge=2, validate_default=True, description="text: tokens; longer texts are cut; null: 128"
+    )
+    image_size: int | None = Field(
+        default=None, ge=1, validate_default=True, description="images: pixels of an edge; null: what the model says"
+    )
     freeze: FreezeSection = FreezeSection()
     cache: CacheOptions = CacheOptions()
     memory: MemoryOptions = MemoryOptions()
@@ -91,6 +107,32 @@ class Recipe(_Section):
     output_dir: str | None = Field(default=None, min_length=1, description="null: runs/<name>-seed<seed>")
     resume: bool = False
     overwrite: bool = False
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, value: str) -> str:
+        if value not in TASKS:
+            raise ValueError(choices_message("task", value, TASKS))
+        return value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data_of_the_task(cls, value: Any, info: ValidationInfo) -> DataSpec:
+        task = _task(info)
+        # Of an unknown task, which is a fault already, nobody can say what its data may hold.
+        return DataSpec.model_construct() if task is None else task.spec.model_validate(value)
+
+    @field_validator("max_length", "image_size")
+    @classmethod
+    def _size_of_the_task(cls, value: int | None, info: ValidationInfo) -> int | None:
+        task = _task(info)
+        if task is None:
+            return value
+        if info.field_name == task.size:
+            return task.default_size if value is None else value
+        if value is not None:
+            raise ValueError(f"task {task.name!r} does not have it: the size of its samples is {task.size}")
+        return None
 
     @field_validator("training")
     @classmethod
@@ -109,13 +151,23 @@ class Recipe(_Section):
         return self
 
     @property
+    def sample_size(self) -> int | None:
+        """How large one sample is, in what the task counts: tokens of a text, pixels of an image's edge."""
+        size: int | None = getattr(self, TASKS[self.task].size)
+        return size
+
+    @property
     def directory(self) -> Path:
         """Where the run goes."""
         return Path(self.output_dir or f"runs/{self.name}-seed{self.seed}").expanduser()
 
 
+def _task(info: ValidationInfo) -> Task | None:
+    """The task of the recipe that is being checked; None where it is not known."""
+    return TASKS.get(info.data.get("task", ""))
+
+
 _SECTIONS: dict[str, type[BaseModel]] = {
-    "data": DataSpec,
     "cache": CacheOptions,
     "memory": MemoryOptions,
     "schedule": Schedule,
@@ -134,19 +186,21 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        faults = [line for fault in error.errors() for line in _fault_lines(fault)]
+        task = TASKS.get(str(content.get("task", Recipe.model_fields["task"].default)))
+        sections = _SECTIONS if task is None else {**_SECTIONS, "data": task.spec}
+        faults = [line for fault in error.errors() for line in _fault_lines(fault, sections)]
     if len(faults) == 1:
         raise ConfigError(f"recipe {name_or_path}: {faults[0]}")
     listed = "".join(f"\n  {line}" for line in faults)
     raise ConfigError(f"recipe {name_or_path} has {len(faults)} faults:{listed}")
 
 
-def _fault_lines(fault: Any) -> list[str]:
-    """One pydantic error as lines that a user can act on."""
+def _fault_lines(fault: Any, sections: dict[str, type[BaseModel]]) -> list[str]:
+    """One pydantic error as lines that a user can act on; ``sections`` say which keys each section knows."""
     location = [str(part) for part in fault["loc"]]
     where = ".".join(location)
     if fault["type"] == "extra_forbidden":
-        section = _SECTIONS.get(location[0], Recipe)
+        section = sections.get(location[0], Recipe)
         prefix = ".".join(location[:-1])
         known = [key for key in section.model_fields if (section is not Recipe or key != "name")]
         return [choices_message(f"key{f' in {prefix}' if prefix else ''}", location[-1], known)]

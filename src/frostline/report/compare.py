@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "Row", "compare", "depth_text", "differences", "policy_text", "speed_ups"]
 
 # The parts of a recipe that must agree; the rest (policy, cache, where the run is kept) is what is being compared.
-_SHARED_SETTINGS = ("task", "model", "data", "max_length", "schedule", "training")
+_SHARED_SETTINGS = ("task", "model", "data", "max_length", "image_size", "schedule", "training")
 _MACHINE = ("processor", "cores", "threads", "gpu")
 
 
