@@ -159,7 +159,7 @@ def test_only_images_that_are_used_must_be_readable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (b"no image", "train: row 3 has an image that cannot be read: cannot identify image file"),
+        (b"no image", "train: row 3 has an image that cannot be read: no format that Pillow knows"),
         (None, "train: row 3 has no image in column 'image'"),
     ],
 )

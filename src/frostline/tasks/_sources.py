@@ -116,7 +116,8 @@ def _read_image_folder(path: Path, spec: DataSpec) -> dict[str, Split]:
             builder.download_and_prepare()
             loaded = builder.as_dataset(in_memory=True)
     except Exception as error:  # the builder raises many kinds, all of them about what lies in the folder
-        raise DataError(f"cannot read {str(path)!r} as a folder of images: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split())
+        raise DataError(f"cannot read {str(path)!r} as a folder of images (train/<class>/<image>): {said}") from error
     if spec.label_column not in loaded["train"].column_names:
         raise DataError(f"no classes in {str(path)!r}: expected train/<class>/<image> with two classes or more")
     return {split: _declared(rows, split, spec) for split, rows in loaded.items()}

@@ -178,15 +178,18 @@ def _check_readable(images: Sequence[Mapping[str, Any]], places: Sequence[str]) 
     """Decode every image once: it costs what an epoch does, and no run dies of one file in its third hour."""
     from datasets import Image
 
+    try:
+        from PIL import UnidentifiedImageError
+    except ImportError as error:
+        raise DataError("images need Pillow: pip install 'frostline[images]'") from error
     decoder = Image()
     for image, place in zip(images, places, strict=True):
         try:
             decoder.decode_example(dict(image))
-        except ImportError as error:
-            raise DataError("images need Pillow: pip install 'frostline[images]'") from error
         except Exception as error:  # Pillow raises many kinds, and each format's reader its own
+            unknown = isinstance(error, UnidentifiedImageError)
+            said = "no format that Pillow knows" if unknown else " ".join(str(error).split()) or type(error).__name__
             file = f" ({image['path']})" if image["path"] else ""
-            said = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{place} has an image that cannot be read{file}: {said}") from error
 
 
