@@ -96,7 +96,9 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     assert loaded.config.image_size == 32
     assert loaded.config.drop_connect_rate == 0.2
     image = torch.randn(2, 3, 32, 32)
-    assert torch.equal(loaded(image).logits, model(image).logits)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    # Where weights lie in memory decides between kernels that round differently.
+    torch.testing.assert_close(loaded(image).logits, model(image).logits, rtol=1e-4, atol=0.0)
     backbone = AutoModel.from_pretrained(tmp_path)
     assert isinstance(backbone, EfficientNetLiteModel)
     assert torch.equal(backbone.stem.conv.weight, model.efficientnet_lite.stem.conv.weight)

@@ -182,4 +182,4 @@ def test_sources_that_hold_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "flat" / "inner").mkdir(parents=True)
     assert "as a folder of images" in error_of(ImageSpec(source=str(tmp_path / "flat")))
     picture(0).save(tmp_path / "flat" / "inner" / "0.png")
-    assert "no classes in" in error_of(ImageSpec(source=str(tmp_path / "flat")))
+    assert "train has one class only ('inner')" in error_of(ImageSpec(source=str(tmp_path / "flat")))

@@ -120,7 +120,7 @@ class Recipe(_Section):
     def _data_of_the_task(cls, value: Any, info: ValidationInfo) -> DataSpec:
         task = _task(info)
         # Of an unknown task, which is a fault already, nobody can say what its data may hold.
-        return DataSpec.model_construct() if task is None else task.spec.model_validate(value)
+        return DataSpec.model_construct(source="") if task is None else task.spec.model_validate(value)
 
     @field_validator("max_length", "image_size")
     @classmethod

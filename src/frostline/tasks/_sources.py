@@ -112,7 +112,10 @@ def _read_image_folder(path: Path, spec: DataSpec) -> dict[str, Split]:
     try:
         # What it writes while it reads goes at once: the images stay where they are, and only their paths are kept.
         with tempfile.TemporaryDirectory() as scratch, quiet_datasets():
-            builder = ImageFolder(cache_dir=scratch, base_path=str(path.resolve()), data_files=patterns)
+            # Left to itself it takes a folder with a single class for one without labels.
+            builder = ImageFolder(
+                cache_dir=scratch, base_path=str(path.resolve()), data_files=patterns, drop_labels=False
+            )
             builder.download_and_prepare()
             loaded = builder.as_dataset(in_memory=True)
     except Exception as error:  # the builder raises many kinds, all of them about what lies in the folder

@@ -118,7 +118,7 @@ class EfficientNetLiteBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[rows, inside, h, w]`` to ``[rows, outside, ceil(h / stride), ceil(w / stride)]``."""
-        x = hidden_states
+        x: Tensor = hidden_states
         if self.expand is not None:
             x = self.activation(self.expand(x))
         x = self.project(self.activation(self.depthwise(x)))
@@ -153,7 +153,7 @@ class EfficientNetLiteModel(_EfficientNetLitePreTrained):
                 channels = outside
         self.top = _ConvNorm(channels, _TOP)
         self.activation = nn.ReLU6()
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, pixel_values: Tensor) -> BaseModelOutputWithPoolingAndNoAttention:
         """``[rows, 3, h, w]`` to the last map ``[rows, 1280, h / 32, w / 32]`` and its mean ``[rows, 1280]``."""
@@ -174,7 +174,7 @@ class EfficientNetLiteForImageClassification(_EfficientNetLitePreTrained):
         self.efficientnet_lite = EfficientNetLiteModel(config)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.classifier = nn.Linear(_TOP, config.num_labels or 0)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutputWithNoAttention:
         """``pixel_values`` is ``[rows, 3, h, w]``, ``labels`` class ids ``[rows]``; logits are ``[rows, classes]``."""
