@@ -17,7 +17,7 @@ DEMO_RUN := runs/trec-demo-seed0
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv fetch demo test test-faults test-browser bench bench-gpu lint types
+.PHONY: help venv fetch demo test test-faults test-slow test-browser bench bench-gpu lint types
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -52,6 +52,10 @@ test: fetch ## run the tests
 
 test-faults: fetch ## run the long tests that kill and break things
 	$(TEST_ENV) $(BIN)/python -m pytest -m faults
+
+test-slow: $(STAMP) ## run the tests that take minutes or need more models and data (250 MB)
+	@$(BIN)/frostline fetch $(ASSETS) dinov2-small efficientnet-lite0 fashion-mnist
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow
 
 test-browser: $(STAMP) ## look at the report in headless Chromium (installs Debian's where there is none)
 	@command -v chromium > /dev/null || command -v chromium-browser > /dev/null || \

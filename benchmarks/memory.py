@@ -53,9 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
         "rows": options.rows,
         "length": options.length if options.shape == "bert" else None,
         **made_by("memory.py", options.seed, options.device),
-        "modes": _alone(options) if options.part == "memory" else measure_time(options),
     }
-    write(report, out)
+    if options.part == "memory":
+        _alone(report, options, out)
+    else:
+        write({**report, "modes": measure_time(options)}, out)
     print(out)
     return 0
 
@@ -78,20 +80,31 @@ def _parser() -> argparse.ArgumentParser:
 # -- memory -----------------------------------------------------------------------------------------------
 
 
-def _alone(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every mode in a process of its own: what one has left behind counts for no other."""
-    found = []
-    for name in tqdm(MODES, desc="modes"):
+def _alone(report: dict[str, Any], options: argparse.Namespace, out: Path) -> None:
+    """Every mode in a process of its own: what one has left behind counts for no other.
+
+    Each is written down as soon as it is measured, beside ``out``: a run that was stopped goes on after the last one.
+    """
+    part = out.with_suffix(".part.json")
+    found: list[dict[str, Any]] = []
+    if part.exists():
+        earlier = json.loads(part.read_text(encoding="utf-8"))
+        same = ("shape", "rows", "length", "seed", "device", "environment")
+        found = earlier["modes"] if all(earlier[key] == report[key] for key in same) else []
+    done = {mode["mode"] for mode in found}
+    for name in tqdm([name for name in MODES if name not in done], desc="modes"):
         command = [
             sys.executable, __file__, options.shape, "--mode", name, "--rows", str(options.rows), "--length",
             str(options.length), "--threads", str(options.threads), "--device", options.device, "--seed",
             str(options.seed),
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"mode {name!r} failed:\n{done.stderr}")
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-    return found
+        child = subprocess.run(command, capture_output=True, text=True, check=False)
+        if child.returncode:
+            raise SystemExit(f"mode {name!r} failed:\n{child.stderr}")
+        found.append(json.loads(child.stdout.splitlines()[-1]))
+        write({**report, "modes": found}, part)
+    write({**report, "modes": found}, out)
+    part.unlink(missing_ok=True)
 
 
 def measure_memory(mode: Mode, options: argparse.Namespace) -> dict[str, Any]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from benchmarks.gradients import compare
-from benchmarks.memory import measure_memory, measure_time
+from benchmarks.memory import main, measure_memory, measure_time
 from benchmarks.modes import MODES
 from benchmarks.table import gradients, memory, memory_time
 
@@ -54,6 +57,28 @@ def test_every_way_is_smaller_where_it_says_so() -> None:
     assert {row["mode"] for row in times} >= {"full", "resting 0.9", "half frozen"}
     assert all(row["ratio"]["pairs"] == 2 for row in times)
     assert "| full | slimfit |" in "\n".join(memory_time({**report, "environment": MACHINE, "modes": times}))
+
+
+def test_a_run_that_was_stopped_goes_on_after_the_last_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def child(command: list[str], **_: Any) -> Namespace:
+        name = command[command.index("--mode") + 1]
+        if len(ran) == 3:
+            ran.append("stop")
+            return Namespace(returncode=1, stdout="", stderr="killed")
+        ran.append(name)
+        return Namespace(returncode=0, stdout=json.dumps({"mode": name}) + "\n", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", child)
+    arguments = ["bert", "--rows", "4", "--length", "32", "--out", str(tmp_path / "memory.json")]
+    with pytest.raises(SystemExit, match="killed"):
+        main(arguments)
+    assert not (tmp_path / "memory.json").exists()
+    assert main(arguments) == 0
+    assert [name for name in ran if name != "stop"] == list(MODES)
+    assert [row["mode"] for row in json.loads((tmp_path / "memory.json").read_text())["modes"]] == list(MODES)
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
 
 
 def test_cosines_by_part() -> None:
