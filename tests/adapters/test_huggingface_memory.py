@@ -12,6 +12,7 @@ import torch
 import frostline
 from frostline.adapters import fitting
 from frostline.errors import ConfigError, ModelError
+from frostline.memory.planner import Considered, MemoryPlan
 from tests.adapters.hosts import Rows, bert, trainer_for
 from tests.memory.steps import everything_packs, packed_roles
 
@@ -112,6 +113,76 @@ def test_a_budget_makes_the_run_smaller_and_the_settings_come_back(policy: str, 
     assert frost.summary()["samples"] == 64 * args.num_train_epochs
     assert frost.summary()["memory"]["plan"]["rows"] == plan["rows"]
     assert f"micro-batches of {plan['rows']}" in str(frost.summary())
+
+
+def test_micro_batches_are_the_same_training(
+    accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGD shows every factor in a gradient that Adam would hide."""
+
+    def trained(folder: Path, steps: int) -> tuple[Any, list[int]]:
+        trainer = trainer_for(folder, bert(), optim="sgd", learning_rate=0.1, max_grad_norm=0.0)
+        seen: list[int] = []
+        trainer.model.register_forward_pre_hook(
+            lambda _, __, inputs: seen.append(len(inputs["labels"])) if torch.is_grad_enabled() else None,
+            with_kwargs=True,
+        )
+        rows = trainer.args.per_device_train_batch_size // steps
+        plan = MemoryPlan(10**9, rows, steps, "off", False, 1, 1, (Considered("off", False, rows, 1, 1.0),))
+        monkeypatch.setattr(fitting, "plan_memory", lambda *_, **__: plan)
+        frostline.attach(trainer, "none", memory={"budget": 10**9})
+        seen.clear()  # looking for the stack runs the model
+        trainer.train()
+        return trainer, seen
+
+    whole, large = trained(tmp_path / "a", 1)
+    split, small = trained(tmp_path / "b", 4)
+    assert small[-1] == large[-1] // 4
+    assert len(small) >= 4 * whole.state.global_step
+    assert split.state.global_step == whole.state.global_step
+    for one, other in zip(whole.model.parameters(), split.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_where_the_host_adds_losses_up_the_batch_is_not_split(tmp_path: Path) -> None:
+    """BERT's classifier takes the number of items and does not divide by it: transformers then sums micro-batches."""
+    trainer = trainer_for(tmp_path, bert(), gradient_accumulation_steps=2)
+    assert not fitting._may_split(trainer)
+    trainer.args.gradient_accumulation_steps = 1
+    assert fitting._may_split(trainer)
+
+
+def test_a_plan_of_another_batch_or_budget_is_made_anew(tmp_path: Path) -> None:
+    budget = int(0.97 * plain_peak(tmp_path / "a"))
+    settings = {"save_strategy": "steps", "save_steps": 4}
+    trainer = trainer_for(tmp_path / "b", max_steps=4, **settings)
+    frostline.attach(trainer, "none", memory={"budget": budget})
+    trainer.train()
+    again = trainer_for(tmp_path / "b", max_steps=6, **settings)
+    frost = frostline.attach(again, "none", memory={"budget": "1GiB"})
+    again.train(resume_from_checkpoint=True)
+    assert rows_of_a_budget(frost)[-1]["steps"] == 1
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_the_optimizer_of_the_user_and_a_second_run(optimizer: Any, tmp_path: Path) -> None:
+    model = bert()
+    made = optimizer(model.parameters(), lr=1e-3)
+    trainer = trainer_for(tmp_path, model, extra={"optimizers": (made, None)}, max_steps=2)
+    frost = frostline.attach(trainer, "none", memory={"budget": "1GiB"})
+    trainer.train()
+    trainer.train()
+    assert len(rows_of_a_budget(frost)) == 2
+
+
+def test_a_model_that_checkpoints_already_goes_on_with_it(tmp_path: Path) -> None:
+    model = bert(dropout=0.1)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer = trainer_for(tmp_path, model, max_steps=1)
+    frost = frostline.attach(trainer, "none", memory={"budget": "1GiB"})
+    trainer.train()
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert not rows_of_a_budget(frost)[0]["considered"]
 
 
 def test_a_resumed_run_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,10 @@ def batch(rows: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(rows) % 2}
 
 
+def bench_of(stack: BlockStack) -> Bench:
+    return Bench(stack, batch, lambda inputs: stack.model(**inputs).loss)
+
+
 def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, fused=True)
 
@@ -66,10 +70,10 @@ def test_the_predicted_peak_is_the_measured_one(way: Way, depth: int) -> None:
     model = bert()
     stack = BlockStack.find(model)
     cost = optimizer_cost(adamw, stack.parameters_of(5)["bert.encoder.layer.5.intermediate.dense.weight"])
-    predicted = MemoryModel.measure(Bench(stack, batch), [way], cost).peak(way, ROWS, depth)
+    predicted = MemoryModel.measure(bench_of(stack), [way], cost).peak(way, ROWS, depth)
     freezer = Freezer(stack)
     freezer.apply(Decision(depth))
-    measured = whole_step(Bench(stack, batch), way, ROWS)
+    measured = whole_step(bench_of(stack), way, ROWS)
     assert predicted == pytest.approx(measured, rel=0.05)
 
 
@@ -77,18 +81,18 @@ def test_layers_at_rest_are_measured_as_they_are() -> None:
     model = bert()
     stack = BlockStack.find(model)
     cost = OptimizerCost(2.0, 0.0)
-    full = MemoryModel.measure(Bench(stack, batch), [Way("slimfit")], cost)
+    full = MemoryModel.measure(bench_of(stack), [Way("slimfit")], cost)
     names = [name for name, p in model.named_parameters() if p.dim() == 2 and "encoder" in name]
     Freezer(stack).apply(Decision(0, frozenset(names)))
     held = nbytes_of(model.get_parameter(name) for name in names)
-    rests = MemoryModel.measure(Bench(stack, batch), [Way("slimfit")], cost, resting=held)
-    dropped = MemoryModel.measure(Bench(stack, batch), [Way("slimfit")], cost)
+    rests = MemoryModel.measure(bench_of(stack), [Way("slimfit")], cost, resting=held)
+    dropped = MemoryModel.measure(bench_of(stack), [Way("slimfit")], cost)
     assert dropped.peak(Way("slimfit"), ROWS) + 2 * held == rests.peak(Way("slimfit"), ROWS)
     assert rests.peak(Way("slimfit"), ROWS) < full.peak(Way("slimfit"), ROWS)
 
 
 def test_accumulated_gradients_stand_beside_all_activations() -> None:
-    model = MemoryModel.measure(Bench(BlockStack.find(bert()), batch), [Way()], OptimizerCost(2.0, 0.0))
+    model = MemoryModel.measure(bench_of(BlockStack.find(bert())), [Way()], OptimizerCost(2.0, 0.0))
     assert model.peak(Way(), ROWS, accumulates=True) > model.peak(Way(), ROWS)
 
 
@@ -120,7 +124,7 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     model.classifier.weight.grad = gradient
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
-    bench = Bench(BlockStack.find(model), batch)
+    bench = bench_of(BlockStack.find(model))
     MemoryModel.measure(bench, WAYS, OptimizerCost(2.0, 0.0))
     bench.seconds(Way("safe"), 2)
     assert not model.training

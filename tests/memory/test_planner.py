@@ -11,7 +11,7 @@ from torch import nn
 from frostline import BlockStack
 from frostline.errors import ConfigError
 from frostline.memory import Bench, MemoryPlan, OptimizerCost, Way, candidates, plan_memory
-from tests.memory.test_model import adamw, batch, bert, whole_step
+from tests.memory.test_model import adamw, bench_of, bert, whole_step
 
 ADAM = OptimizerCost(2.0, 0.0)
 ROWS = 16
@@ -19,7 +19,7 @@ ROWS = 16
 
 @pytest.fixture
 def bench() -> Bench:
-    return Bench(BlockStack.find(bert()), batch)
+    return bench_of(BlockStack.find(bert()))
 
 
 def plan(bench: Bench, budget: int, ways: Any = None, **more: Any) -> MemoryPlan:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import heapq
+import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
+from frostline.adapters.randomness import capture, restore
 from frostline.blocks import BlockStack
 from frostline.engine import plan_for
-from frostline.errors import ConfigError, FrostlineError
+from frostline.errors import ConfigError
 from frostline.freezer import Freezer
 from frostline.memory import MemoryOptions
 from frostline.memory.model import Bench, OptimizerCost, end_checkpointing, nbytes_of, optimizer_cost
 from frostline.memory.planner import MemoryPlan, candidates, plan_memory
 from frostline.policies.registry import create
 from frostline.state import has_state, load_state
+from frostline.trace import random_state_kept
 
 __all__ = ["Fitting"]
 
@@ -45,8 +48,12 @@ class Fitting:
         self._trainer, self._memory = trainer, memory
         self._policy, self._options, self._blocks = policy, dict(options), blocks
         self.plan: MemoryPlan | None = None
-        if memory.budget is not None and trainer.model_init is not None:
+        if memory.budget is None:
+            return
+        if trainer.model_init is not None:
             raise ConfigError("memory.budget needs a model to measure: build the Trainer with model=, not model_init=")
+        if trainer.args.world_size > 1:
+            raise ConfigError("memory.budget is for one process in this version: with several ranks set memory.level")
 
     @property
     def level(self) -> str:
@@ -63,28 +70,18 @@ class Fitting:
         if self._memory.budget is None:
             yield
             return
+        batch = self._trainer.args.per_device_train_batch_size
         saved = load_state(resume_from)[0].get("memory") if resume_from is not None and has_state(resume_from) else None
-        self.plan = MemoryPlan.from_numbers(saved) if saved else self._agreed()
+        self.plan = MemoryPlan.from_numbers(saved) if saved else None
+        if self.plan is None or (self.plan.budget, self.plan.rows * self.plan.steps) != (self._memory.budget, batch):
+            state = capture()
+            try:
+                self.plan = _fit(self._trainer, self._memory, self._policy, self._options, self._blocks)
+            finally:
+                restore(state)  # data that draw random numbers have drawn some
         logger.info("%s", self.plan)
         with _applied(self._trainer, self.plan):
             yield
-
-    def _agreed(self) -> MemoryPlan:
-        """With several ranks rank 0 measures and says."""
-        found: list[Any] = [None]
-        ranks = dist.is_initialized() and dist.get_world_size() > 1
-        if not ranks or dist.get_rank() == 0:
-            try:
-                found = [_fit(self._trainer, self._memory, self._policy, self._options, self._blocks)]
-            except FrostlineError as error:
-                # The others are waiting: they must hear of it.
-                found = [error]
-        if ranks:
-            dist.broadcast_object_list(found)
-        if isinstance(found[0], FrostlineError):
-            raise found[0]
-        plan: MemoryPlan = found[0]
-        return plan
 
 
 @contextmanager
@@ -94,12 +91,15 @@ def _applied(trainer: Trainer, plan: MemoryPlan) -> Iterator[None]:
     checkpointing = _checkpointing(args)
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", checkpointing, f"{checkpointing}_kwargs")
     before = {name: getattr(args, name) for name in names}
-    accumulation = trainer.accelerator.gradient_accumulation_steps
+    size, accepts = trainer._train_batch_size, trainer.model_accepts_loss_kwargs
     hooked = bool(getattr(trainer.model, "_require_grads_hooks", None))
     if plan.steps > 1:
         args.per_device_train_batch_size //= plan.steps
         args.gradient_accumulation_steps *= plan.steps
-        trainer.accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+        # Its loader goes by a copy; Accelerate's own count stays 1, because the Trainer divides the loss itself.
+        trainer._train_batch_size = args.train_batch_size
+        # Told that a model scales its loss by the number of items, the Trainer does not divide it; many do not.
+        trainer.model_accepts_loss_kwargs = accepts and not _ignores_items(trainer)
     adds = plan.checkpointing and not before[checkpointing]
     if adds:
         setattr(args, checkpointing, True)
@@ -111,7 +111,7 @@ def _applied(trainer: Trainer, plan: MemoryPlan) -> Iterator[None]:
             end_checkpointing(trainer.model, hooked=hooked)
         for name, value in before.items():
             setattr(args, name, value)
-        trainer.accelerator.gradient_accumulation_steps = accumulation
+        trainer._train_batch_size, trainer.model_accepts_loss_kwargs = size, accepts
 
 
 def _fit(
@@ -130,19 +130,27 @@ def _fit(
         if chosen.moments == "keep":
             resting = nbytes_of(p for name, p in model.named_parameters() if name in decision.resting)
     try:
-        if getattr(args, _checkpointing(args)):
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            ways = candidates("off", checkpoints=False)  # the model's own, which stays as it is
+        elif getattr(args, _checkpointing(args)):
             ways = candidates("off", checkpoints=True)[1:]
         else:
             ways = candidates(memory.strongest, checkpoints=getattr(model, "supports_gradient_checkpointing", False))
         return plan_memory(
-            Bench(stack, _longest(trainer), trainer.compute_loss_context_manager),
+            # Not the Trainer's own context: in transformers 5 it is empty, and autocast comes with the wrapped model.
+            Bench(
+                stack,
+                _longest(trainer),
+                lambda inputs: cast(Tensor, trainer.compute_loss(model, dict(inputs))),
+                trainer.accelerator.autocast,
+            ),
             ways,
             _optimizer_cost(trainer, stack),
             budget=memory.budget,
             rows=args.per_device_train_batch_size,
             resting=resting,
             accumulates=args.gradient_accumulation_steps > 1,
-            splits=not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()),
+            splits=_may_split(trainer),
         )
     finally:
         if frozen is not None:
@@ -155,24 +163,49 @@ def _checkpointing(args: TrainingArguments) -> str:
     return "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
 
 
-def _longest(trainer: Trainer) -> Any:
+def _may_split(trainer: Trainer) -> bool:
+    """Whether smaller micro-batches are the same training."""
+    model: Any = trainer.model
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return False
+    # Of losses that are not divided the Trainer adds up those of its micro-batches: more of them would be another sum.
+    return trainer.args.gradient_accumulation_steps == 1 or not _ignores_items(trainer)
+
+
+@torch.no_grad()
+def _ignores_items(trainer: Trainer) -> bool:
+    """Whether the model takes the number of items in a batch, and does not scale its loss by it."""
+    if not trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None:
+        return False
+    model: Any = trainer.model
+    inputs, training = _longest(trainer)(1), model.training
+    model.eval()
+    try:
+        with random_state_kept():
+            one, two = (
+                trainer.compute_loss(model, dict(inputs), num_items_in_batch=torch.tensor(count, device=model.device))
+                for count in (1, 2)
+            )
+    finally:
+        model.train(training)
+    return bool(torch.equal(cast(Tensor, one), cast(Tensor, two)))
+
+
+def _longest(trainer: Trainer) -> Callable[[int], Mapping[str, Any]]:
     """A function from a number of samples to the largest batch of that many that the data bring."""
-    data = trainer.train_dataset
-    if data is None or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+    data: Any = trainer.train_dataset
+    collate = trainer.data_collator
+    if data is None or isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
         raise ConfigError("memory.budget: a stream cannot be looked through for its longest batch; set memory.level")
     if hasattr(data, "column_names"):
         data = trainer._remove_unused_columns(data, description="training")
-    most = 2 * trainer.args.per_device_train_batch_size
-    rows = heapq.nlargest(most, range(min(len(data), _LOOKED_AT)), key=lambda row: _size(data[row]))
-
-    def batch(count: int) -> dict[str, Any]:
-        chosen = [data[rows[number % len(rows)]] for number in range(count)]
-        inputs = trainer._prepare_inputs(trainer.data_collator(chosen))
-        if not isinstance(inputs, Mapping) or "labels" not in inputs:
-            raise ConfigError("memory.budget: the data bring no 'labels', so no loss can be measured; set memory.level")
-        return dict(inputs)
-
-    return batch
+    else:
+        collate = trainer._get_collator_with_removed_columns(collate, description="training")
+    looked = range(0, len(data), max(1, len(data) // _LOOKED_AT))
+    if len(looked) < len(data):
+        logger.info("the longest of %d rows of %d stand for all of them", len(looked), len(data))
+    rows = heapq.nlargest(trainer.args.per_device_train_batch_size, looked, key=lambda row: _size(data[row]))
+    return lambda count: trainer._prepare_inputs(collate([data[rows[n % len(rows)]] for n in range(count)]))
 
 
 def _size(row: Any) -> int:
@@ -186,14 +219,15 @@ def _size(row: Any) -> int:
 def _optimizer_cost(trainer: Trainer, stack: BlockStack) -> OptimizerCost:
     """Of the Trainer's optimizer, measured on the largest weight of the last block."""
     model: Any = trainer.model
-    if trainer.optimizer is not None:
-        kind, settings = type(trainer.optimizer), dict(trainer.optimizer.defaults)
+    optimizer: Any = trainer.optimizer
+    if optimizer is not None:
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper, after a first run
+        kind, settings = type(optimizer), dict(optimizer.defaults)
     else:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
-    sample = max(stack.parameters_of(len(stack) - 1).values(), key=Tensor.numel)
-
-    def build(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = kind(parameters, **settings)
-        return optimizer
-
-    return optimizer_cost(build, sample)
+    # What an optimizer says of its groups is more than it takes when it is made.
+    taken = inspect.signature(kind).parameters
+    settings = {name: value for name, value in settings.items() if name in taken}
+    weights = [p for p in stack.parameters_of(len(stack) - 1).values() if p.is_floating_point()]
+    sample = max(weights, key=lambda p: (p.requires_grad, p.numel()))
+    return optimizer_cost(lambda parameters: kind(parameters, **settings), sample)

@@ -126,13 +126,14 @@ class Bench:
 
     Attributes:
         stack: of the model, as it is going to train (mode, ``requires_grad``).
-        batch: the model's arguments for a batch of that many samples, the largest that training brings; they return an
-            object with a ``loss``.
+        batch: the inputs of a batch of that many samples, the largest that training brings.
+        loss: of such inputs.
         context: around the forward pass (autocast).
     """
 
     stack: BlockStack
     batch: Callable[[int], Mapping[str, Any]]
+    loss: Callable[[Mapping[str, Any]], Tensor]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
@@ -195,12 +196,12 @@ class Bench:
                     hooks.callback(counted.remove)
             with meter:
                 with self.context(), self._packing(way):
-                    loss = self.model(**batch).loss
+                    loss = self.loss(batch)
                 forward.mark()
                 for handle in handles:  # a checkpointed block runs again
                     handle.remove()
                 meter.restart()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 backward.mark()
             ends = [end - start for end in forward.now]
             kept = [b - a for a, b in itertools.pairwise([0, *ends])]
@@ -227,8 +228,8 @@ class Bench:
                 _synchronise(device)
                 start = time.perf_counter()
                 with self.context(), self._packing(way):
-                    loss = self.model(**batch).loss
-                loss.backward()
+                    loss = self.loss(batch)
+                loss.backward()  # type: ignore[no-untyped-call]
                 _synchronise(device)
                 best = min(best, time.perf_counter() - start) if number else best
         return best

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from frostline.errors import ConfigError
-from frostline.memory.model import Activations, Bench, MemoryModel, OptimizerCost, Way
+from frostline.memory.model import PROBE_ROWS, Bench, MemoryModel, OptimizerCost, Way
 
 __all__ = ["MemoryPlan", "candidates", "plan_memory"]
 
@@ -44,8 +44,8 @@ class MemoryPlan:
         level: of compression.
         checkpointing: whether blocks are checkpointed.
         peak: bytes at the peak of a step.
-        plain: predicted bytes of the run as it was.
-        considered: every way that fits, with its numbers.
+        plain: bytes of the run as it was; ``None``: more than the device has.
+        considered: every way that fits, with its numbers; none where the run fits as it is.
     """
 
     budget: int
@@ -54,13 +54,13 @@ class MemoryPlan:
     level: str
     checkpointing: bool
     peak: int
-    plain: int
+    plain: int | None
     considered: tuple[Considered, ...] = ()
 
     @property
     def changes(self) -> bool:
         """Whether anything is to change."""
-        return self.steps > 1 or self.level != "off" or self.checkpointing
+        return bool(self.considered)
 
     def numbers(self) -> dict[str, Any]:
         """JSON values."""
@@ -73,10 +73,11 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         if not self.changes:
-            return f"{_readable(self.plain)} at the peak: within the budget of {_readable(self.budget)} as it is"
+            return f"{_readable(self.peak)} at the peak: within the budget of {_readable(self.budget)} as it is"
         way = Way(self.level, self.checkpointing)
+        plain = _readable(self.plain) if self.plain is not None else "more than the device has"
         return (
-            f"{_readable(self.plain)} at the peak would exceed the budget of {_readable(self.budget)}: "
+            f"{plain} at the peak would exceed the budget of {_readable(self.budget)}: "
             f"micro-batches of {self.rows} ({self.steps} a step), {way}: {_readable(self.peak)}"
         )
 
@@ -120,37 +121,35 @@ def plan_memory(
     Raises:
         ConfigError: nothing fits; the message says what the least is.
     """
-    model = MemoryModel.measure(bench, ways[:1], optimizer, resting)
+    model = MemoryModel.measure(bench, (), optimizer, resting)
 
-    def peak(way: Way, size: int) -> int:
+    def peak(way: Way, size: int) -> float:
+        if way not in model.activations and not _measured(bench, model, way, min(PROBE_ROWS, rows)):
+            return float("inf")
         return model.peak(way, size, accumulates=accumulates or size < rows)
 
     def fits(way: Way, size: int) -> bool:
-        if peak(way, size) > budget:
-            return False
         # The model errs by a few per cent; a step of that size does not.
-        measured = _measured(bench, model, way, size)
-        if measured is not None:
-            model.activations[way] = measured
-        return measured is not None and peak(way, size) <= budget
+        return peak(way, size) <= budget and _measured(bench, model, way, size) and peak(way, size) <= budget
 
-    if fits(plain := ways[0], rows):
-        return MemoryPlan(budget, rows, 1, plain.level, plain.checkpointing, peak(plain, rows), peak(plain, rows))
+    plain = ways[0]
+    if fits(plain, rows):
+        taken = round(peak(plain, rows))
+        return MemoryPlan(budget, rows, 1, plain.level, plain.checkpointing, taken, taken)
     before = peak(plain, rows)
     sizes = [size for size in range(rows, 0, -1) if rows % size == 0] if splits else [rows]
-    for way in ways[1:]:
-        model.activations[way] = model.calibrated(bench, way)
     found = []
     for way in ways:
         size = next((size for size in sizes if fits(way, size)), None)
         if size is not None:
             seconds = bench.seconds(way, size) / size
-            found.append(Considered(way.level, way.checkpointing, size, peak(way, size), seconds))
+            found.append(Considered(way.level, way.checkpointing, size, round(peak(way, size)), seconds))
     if found:
         best = _best(found)
         return MemoryPlan(
-            budget, best.rows, rows // best.rows, best.level, best.checkpointing, best.peak, before, tuple(found)
-        )
+            budget, best.rows, rows // best.rows, best.level, best.checkpointing, best.peak,
+            round(before) if before < float("inf") else None, tuple(found),
+        )  # fmt: skip
     least = min(peak(way, sizes[-1]) for way in ways)
     raise ConfigError(
         f"memory.budget={_readable(budget)} cannot be met: a step takes at least {_readable(least)}, in micro-batches "
@@ -159,12 +158,13 @@ def plan_memory(
     )
 
 
-def _measured(bench: Bench, model: MemoryModel, way: Way, rows: int) -> Activations | None:
-    """What ``way`` takes at the size that is going to be used; ``None`` where the device has not that much."""
+def _measured(bench: Bench, model: MemoryModel, way: Way, rows: int) -> bool:
+    """Tell ``model`` what ``way`` takes with ``rows`` samples; false where the device has not that much."""
     try:
-        return model.calibrated(bench, way, rows)
+        model.activations[way] = model.calibrated(bench, way, rows)
     except torch.OutOfMemoryError:
-        return None
+        return False
+    return True
 
 
 def _best(found: Sequence[Considered]) -> Considered:
@@ -176,7 +176,9 @@ def _best(found: Sequence[Considered]) -> Considered:
     return best
 
 
-def _readable(nbytes: int) -> str:
+def _readable(nbytes: float) -> str:
+    if nbytes == float("inf"):
+        return "more than the device has"
     for unit, size, digits in (("GiB", 2**30, 2), ("MiB", 2**20, 0), ("KiB", 2**10, 0)):
         if nbytes >= size:
             return f"{nbytes / size:.{digits}f} {unit}"
