@@ -115,9 +115,7 @@ def test_a_budget_makes_the_run_smaller_and_the_settings_come_back(policy: str, 
     assert f"micro-batches of {plan['rows']}" in str(frost.summary())
 
 
-def test_micro_batches_are_the_same_training(
-    accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_micro_batches_are_the_same_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SGD shows every factor in a gradient that Adam would hide."""
 
     def trained(folder: Path, steps: int) -> tuple[Any, list[int]]:
