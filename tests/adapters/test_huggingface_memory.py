@@ -148,6 +148,8 @@ def test_where_the_host_adds_losses_up_the_batch_is_not_split(tmp_path: Path) ->
     assert not fitting._may_split(trainer)
     trainer.args.gradient_accumulation_steps = 1
     assert fitting._may_split(trainer)
+    trainer.args.dataloader_drop_last = True
+    assert not fitting._may_split(trainer)
 
 
 def test_a_plan_of_another_batch_or_budget_is_made_anew(tmp_path: Path) -> None:

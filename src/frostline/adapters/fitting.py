@@ -166,6 +166,8 @@ def _checkpointing(args: TrainingArguments) -> str:
 def _may_split(trainer: Trainer) -> bool:
     """Whether smaller micro-batches are the same training."""
     model: Any = trainer.model
+    if trainer.args.dataloader_drop_last:  # another part of each epoch would be dropped
+        return False
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return False
     # Of losses that are not divided the Trainer adds up those of its micro-batches: more of them would be another sum.
