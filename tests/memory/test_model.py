@@ -54,8 +54,7 @@ def whole_step(bench: Bench, way: Way, rows: int) -> int:
             model.zero_grad(set_to_none=True)
             state = [v for s in optimizer.state.values() for v in s.values()]
             with LiveBytes([*model.parameters(), *model.buffers(), *inputs.values(), *state]) as live:
-                with bench._packing(way):
-                    loss = model(**inputs).loss
+                loss = bench.forward(way, inputs)
                 loss.backward()
                 optimizer.step()
             if number:

@@ -25,7 +25,6 @@ from frostline.memory.model import Bench, OptimizerCost, end_checkpointing, nbyt
 from frostline.memory.planner import MemoryPlan, candidates, plan_memory
 from frostline.policies.registry import create
 from frostline.state import has_state, load_state
-from frostline.trace import random_state_kept
 
 __all__ = ["Fitting"]
 
@@ -93,13 +92,14 @@ def _applied(trainer: Trainer, plan: MemoryPlan) -> Iterator[None]:
     before = {name: getattr(args, name) for name in names}
     size, accepts = trainer._train_batch_size, trainer.model_accepts_loss_kwargs
     hooked = bool(getattr(trainer.model, "_require_grads_hooks", None))
+    ignores = plan.steps > 1 and _ignores_items(trainer)
     if plan.steps > 1:
         args.per_device_train_batch_size //= plan.steps
         args.gradient_accumulation_steps *= plan.steps
         # Its loader goes by a copy; Accelerate's own count stays 1, because the Trainer divides the loss itself.
         trainer._train_batch_size = args.train_batch_size
         # Told that a model scales its loss by the number of items, the Trainer does not divide it; many do not.
-        trainer.model_accepts_loss_kwargs = accepts and not _ignores_items(trainer)
+        trainer.model_accepts_loss_kwargs = accepts and not ignores
     adds = plan.checkpointing and not before[checkpointing]
     if adds:
         setattr(args, checkpointing, True)
@@ -180,29 +180,34 @@ def _ignores_items(trainer: Trainer) -> bool:
     if not trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None:
         return False
     model: Any = trainer.model
-    inputs, training = _longest(trainer)(1), model.training
-    model.eval()
+    data, collate = _readable(trainer)
+    training, state = model.training, capture()
     try:
-        with random_state_kept():
-            one, two = (
-                trainer.compute_loss(model, dict(inputs), num_items_in_batch=torch.tensor(count, device=model.device))
-                for count in (1, 2)
-            )
+        inputs = trainer._prepare_inputs(collate([data[0]]))
+        model.eval()
+        one, two = (
+            trainer.compute_loss(model, dict(inputs), num_items_in_batch=torch.tensor(count, device=model.device))
+            for count in (1, 2)
+        )
     finally:
         model.train(training)
+        restore(state)
     return bool(torch.equal(cast(Tensor, one), cast(Tensor, two)))
+
+
+def _readable(trainer: Trainer) -> tuple[Any, Callable[[list[Any]], Any]]:
+    """The training data, and what makes a batch of some of their rows, as the Trainer's own loader does."""
+    data: Any = trainer.train_dataset
+    if data is None or isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
+        raise ConfigError("memory.budget: a stream cannot be looked through for its longest batch; set memory.level")
+    if hasattr(data, "column_names"):
+        return trainer._remove_unused_columns(data, description="training"), trainer.data_collator
+    return data, trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
 
 
 def _longest(trainer: Trainer) -> Callable[[int], Mapping[str, Any]]:
     """A function from a number of samples to the largest batch of that many that the data bring."""
-    data: Any = trainer.train_dataset
-    collate = trainer.data_collator
-    if data is None or isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
-        raise ConfigError("memory.budget: a stream cannot be looked through for its longest batch; set memory.level")
-    if hasattr(data, "column_names"):
-        data = trainer._remove_unused_columns(data, description="training")
-    else:
-        collate = trainer._get_collator_with_removed_columns(collate, description="training")
+    data, collate = _readable(trainer)
     looked = range(0, len(data), max(1, len(data) // _LOOKED_AT))
     if len(looked) < len(data):
         logger.info("the longest of %d rows of %d stand for all of them", len(looked), len(data))

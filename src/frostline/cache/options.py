@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
 from frostline.cache.codecs import CODECS
-from frostline.errors import ConfigError, choices_message, validation_message
+from frostline.settings import one_of, options_from
 
 __all__ = ["MODES", "CacheOptions", "CacheSetting", "cache_options"]
 
@@ -40,18 +40,13 @@ class CacheOptions(BaseModel):
 
     @field_validator("mode", mode="before")
     @classmethod
-    def _is_known(cls, value: Any) -> Any:
-        value = "off" if value is False else value  # YAML reads the word off as false
-        if value not in MODES:
-            raise ValueError(choices_message("cache mode", str(value), MODES))
-        return value
+    def _is_known(cls, value: Any) -> str:
+        return one_of("cache mode", value, MODES)
 
     @field_validator("codec")
     @classmethod
     def _is_codec(cls, value: str) -> str:
-        if value not in CODECS:
-            raise ValueError(choices_message("codec", value, tuple(CODECS)))
-        return value
+        return one_of("codec", value, tuple(CODECS))
 
 
 CacheSetting = str | Mapping[str, Any] | CacheOptions
@@ -63,10 +58,4 @@ def cache_options(setting: CacheSetting) -> CacheOptions:
     Raises:
         ConfigError: an unknown mode or option, a budget that is none.
     """
-    if isinstance(setting, CacheOptions):
-        return setting
-    given = {"mode": setting} if isinstance(setting, str) else dict(setting)
-    try:
-        return CacheOptions(**given)
-    except ValidationError as error:
-        raise ConfigError(validation_message(error, "cache", CacheOptions.model_fields)) from None
+    return options_from(setting, CacheOptions, "mode", "cache")

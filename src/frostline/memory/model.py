@@ -169,20 +169,18 @@ class Bench:
             forward, backward = _Marks(meter), _Marks(meter)
             leaving: list[int] = []
 
-            def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            def passes(hidden: Tensor | None) -> None:
                 forward.mark()
-                hidden = first_tensor(args, kwargs)
                 leaving.append(_size(hidden))
                 if hidden is not None and hidden.requires_grad:
-                    # Complete when the block's own backward pass is: autograd runs what was recorded last first.
+                    # Complete when what is above has run backward: autograd runs what was recorded last first.
                     hidden.register_hook(lambda _: backward.mark())  # type: ignore[no-untyped-call]
 
+            def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                passes(first_tensor(args, kwargs))
+
             def leave(_: nn.Module, __: Any, output: Any) -> None:
-                forward.mark()
-                hidden = first_tensor(output if isinstance(output, tuple) else (output,), {})
-                leaving.append(_size(hidden))
-                if hidden is not None and hidden.requires_grad:
-                    hidden.register_hook(lambda _: backward.mark())  # type: ignore[no-untyped-call]
+                passes(first_tensor(output if isinstance(output, tuple) else (output,), {}))
 
             handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
             handles.append(blocks[-1].register_forward_hook(leave))
@@ -195,8 +193,7 @@ class Bench:
                     )
                     hooks.callback(counted.remove)
             with meter:
-                with self.context(), self._packing(way):
-                    loss = self.loss(batch)
+                loss = self.forward(way, batch)
                 forward.mark()
                 for handle in handles:  # a checkpointed block runs again
                     handle.remove()
@@ -214,8 +211,10 @@ class Bench:
                 (*leaving, 0),
             )
 
-    def _packing(self, way: Way) -> AbstractContextManager[Any]:
-        return compressing(self.model, way.level) if way.level != "off" else nullcontext()
+    def forward(self, way: Way, batch: Mapping[str, Any]) -> Tensor:
+        """The loss of ``batch``, in the level of ``way``."""
+        with self.context(), compressing(self.model, way.level) if way.level != "off" else nullcontext():
+            return self.loss(batch)
 
     def seconds(self, way: Way, rows: int, repeats: int = 2) -> float:
         """The fastest of ``repeats`` forward and backward passes, after one that is not timed."""
@@ -227,8 +226,7 @@ class Bench:
                 self.model.zero_grad(set_to_none=True)
                 _synchronise(device)
                 start = time.perf_counter()
-                with self.context(), self._packing(way):
-                    loss = self.loss(batch)
+                loss = self.forward(way, batch)
                 loss.backward()  # type: ignore[no-untyped-call]
                 _synchronise(device)
                 best = min(best, time.perf_counter() - start) if number else best

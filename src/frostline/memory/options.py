@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
-from frostline.errors import ConfigError, choices_message, validation_message
 from frostline.memory.levels import LEVELS
+from frostline.settings import one_of, options_from
 
 __all__ = ["MemoryOptions", "MemorySetting", "memory_options"]
 
@@ -29,11 +29,8 @@ class MemoryOptions(BaseModel):
 
     @field_validator("level", mode="before")
     @classmethod
-    def _is_known(cls, value: Any) -> Any:
-        value = "off" if value is False else value  # YAML reads the word off as false
-        if value not in LEVELS:
-            raise ValueError(choices_message("memory level", str(value), LEVELS))
-        return value
+    def _is_known(cls, value: Any) -> str:
+        return one_of("memory level", value, LEVELS)
 
     @property
     def strongest(self) -> str:
@@ -50,10 +47,4 @@ def memory_options(setting: MemorySetting) -> MemoryOptions:
     Raises:
         ConfigError: an unknown level or option.
     """
-    if isinstance(setting, MemoryOptions):
-        return setting
-    given = {"level": setting} if isinstance(setting, str) else dict(setting)
-    try:
-        return MemoryOptions(**given)
-    except ValidationError as error:
-        raise ConfigError(validation_message(error, "memory", MemoryOptions.model_fields)) from None
+    return options_from(setting, MemoryOptions, "level", "memory")
