@@ -74,10 +74,14 @@ bench: $(STAMP) ## measure everything the README quotes (about two hours on a qu
 	$(BIN)/python benchmarks/gradients.py trec --threads 2
 	$(BIN)/python benchmarks/table.py
 
-bench-gpu: $(STAMP) ## measure the tiers on a GPU, BERT-base's shape, at most 512 tokens (some minutes)
+bench-gpu: $(STAMP) ## measure tiers, memory and time of compression on a GPU, shapes of base size (some minutes)
 	$(BIN)/python benchmarks/cache.py --base --device cuda --rounds 5 --tier device
 	$(BIN)/python benchmarks/cache.py --base --device cuda --rounds 5 --tier memory
 	$(BIN)/python benchmarks/cache.py --base --device cuda --rounds 5 --tier disk
+	$(BIN)/python benchmarks/memory.py bert --device cuda
+	$(BIN)/python benchmarks/memory.py bert --device cuda --part time --rows 32 --rounds 20
+	$(BIN)/python benchmarks/memory.py vit --device cuda --part time --rows 32 --rounds 20
+	$(BIN)/python benchmarks/budgets.py bert --device cuda --rows 32 --rounds 10
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

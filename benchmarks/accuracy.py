@@ -37,6 +37,7 @@ from frostline.tasks.registry import TASKS  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = ("full", "ours")
+CHANGES = {"full": ["freeze={policy: none}"], "ours": []}
 # Seconds of a turn: in the proportion in which they need them, so that both are done at about the same time.
 TURNS = {"full": 4.5, "ours": 2.5}
 DRAWS = 10_000
@@ -64,29 +65,27 @@ def main() -> None:
     done = {r["seed"] for r in report["runs"]}
     for seed in sorted(set(range(options.seeds)) - done):
         sides = SIDES if seed % 2 == 0 else SIDES[::-1]
-        given = {side: (options.recipe, options.overrides, side, seed, options.threads) for side in sides}
+        given = {side: (options.recipe, [*options.overrides, *CHANGES[side]], seed, options.threads) for side in sides}
         found = in_turns({side: Job(one_run, given[side], TURNS[side]) for side in sides})
-        report["runs"] += [found[side] for side in sides]
+        report["runs"] += [{"side": side, **found[side]} for side in sides]
         report["comparison"] = compare(report["runs"])
         _write(out, report)
         for side in sides:
-            print(json.dumps({k: v for k, v in found[side].items() if k != "correct"}), flush=True)
+            print(side, json.dumps({k: v for k, v in found[side].items() if k != "correct"}), flush=True)
     print(json.dumps(report["comparison"], indent=2))
 
 
-def one_run(name: str, overrides: list[str], side: str, seed: int, threads: int) -> dict[str, Any]:
-    """Run one side and test the model that it saved."""
+def one_run(name: str, overrides: list[str], seed: int, threads: int) -> dict[str, Any]:
+    """Run a recipe and test the model that it saved."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        policy = [] if side == "ours" else ["freeze={policy: none}"]
-        recipe = load_recipe(name, [*overrides, *policy, f"seed={seed}", f"output_dir={folder}/run", "baseline=none"])
+        recipe = load_recipe(name, [*overrides, f"seed={seed}", f"output_dir={folder}/run", "baseline=none"])
         started = time.time()
         summary = run(recipe, started=started).summary
         correct = _correct(recipe, Path(folder) / "run" / "model")
         shutil.rmtree(Path(folder) / "run")
     return {
         "seed": seed,
-        "side": side,
         "policy": summary["policy"],
         "train_seconds": sum(summary["seconds"][phase] for phase in TRAINING_PHASES),
         "total_seconds": summary["seconds"]["total"],
@@ -118,34 +117,68 @@ def _correct(recipe: Recipe, model_path: Path) -> list[bool]:
 
 def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Speed-up and accuracy loss over the seeds that have both sides."""
-    sides = {side: {r["seed"]: r for r in runs if r["side"] == side} for side in SIDES}
-    seeds = sorted(set(sides["full"]) & set(sides["ours"]))
+    seeds, sides = paired(runs)
     if not seeds:
         return {}
-    right = {side: np.array([[int(c) for c in sides[side][s]["correct"]] for s in seeds]) for side in SIDES}
-    loss = 100.0 * (right["full"] - right["ours"])  # [seeds, items], points
-    generator = np.random.default_rng(0)
-    draws = [
-        loss[generator.integers(0, loss.shape[0], loss.shape[0])][
-            :, generator.integers(0, loss.shape[1], loss.shape[1])
-        ].mean()
-        for _ in range(DRAWS)
-    ]
     return {
         "seeds": seeds,
-        "train_speedup": _spread(_ratio(sides, seeds, "train_seconds")),
-        "total_speedup": _spread(_ratio(sides, seeds, "total_seconds")),
-        "accuracy": {side: [float(100 * row.mean()) for row in right[side]] for side in SIDES},
+        "train_speedup": _spread(_ratio(sides, "train_seconds")),
+        "total_speedup": _spread(_ratio(sides, "total_seconds")),
+        **accuracy_loss(runs),
+    }
+
+
+def accuracy_loss(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy of both sides in percent, and the loss, item by item, over the seeds that have both."""
+    right = {side: 100.0 * _right(chosen) for side, chosen in paired(runs)[1].items()}
+    loss = losses(runs)
+    return {
+        "accuracy": {side: [float(row.mean()) for row in rows] for side, rows in right.items()},
         "loss_points": {
             "mean": float(loss.mean()),
             "per_seed": [float(row.mean()) for row in loss],
-            "interval_95": [float(v) for v in np.percentile(draws, [2.5, 97.5])],
+            "interval_95": interval(resampled(loss)),
         },
     }
 
 
-def _ratio(sides: dict[str, dict[int, dict[str, Any]]], seeds: list[int], key: str) -> list[float]:
-    return [sides["full"][s][key] / sides["ours"][s][key] for s in seeds]
+def paired(runs: list[dict[str, Any]]) -> tuple[list[int], dict[str, list[dict[str, Any]]]]:
+    """The seeds that both sides have, and the runs of each side for them, in that order."""
+    sides = {side: {r["seed"]: r for r in runs if r["side"] == side} for side in SIDES}
+    seeds = sorted(set(sides["full"]) & set(sides["ours"]))
+    return seeds, {side: [chosen[seed] for seed in seeds] for side, chosen in sides.items()}
+
+
+def losses(runs: list[dict[str, Any]]) -> np.ndarray:
+    """Plain minus ours ``[seeds, items]``, in points, for the seeds that have both sides."""
+    _, sides = paired(runs)
+    return 100.0 * (_right(sides["full"]) - _right(sides["ours"]))
+
+
+def _right(runs: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([[int(c) for c in run["correct"]] for run in runs])
+
+
+def resampled(loss: np.ndarray) -> np.ndarray:
+    """Mean losses of 10,000 bootstrap draws over seeds and items of ``loss`` ``[seeds, items]``, in points."""
+    generator = np.random.default_rng(0)
+    return np.array(
+        [
+            loss[generator.integers(0, loss.shape[0], loss.shape[0])][
+                :, generator.integers(0, loss.shape[1], loss.shape[1])
+            ].mean()
+            for _ in range(DRAWS)
+        ]
+    )
+
+
+def interval(draws: np.ndarray) -> list[float]:
+    """Between which 95 % of ``draws`` lie."""
+    return [float(value) for value in np.percentile(draws, [2.5, 97.5])]
+
+
+def _ratio(sides: dict[str, list[dict[str, Any]]], key: str) -> list[float]:
+    return [plain[key] / ours[key] for plain, ours in zip(sides["full"], sides["ours"], strict=True)]
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

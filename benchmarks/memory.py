@@ -5,8 +5,9 @@
 
 memory  Each mode in a process of its own. ``saved``: bytes that autograd keeps, storages counted once, parameters not.
         ``peak``: the most bytes alive at any moment of a whole step, weights, moments, gradients and temporaries
-        included, counted by storages. ``resident``: the same as the operating system sees it (a second step, without
-        counting). On a GPU ``peak`` is what its allocator reports.
+        included, counted by storages. ``resident``: the same as the operating system sees it. On a GPU
+        ``peak`` is what its allocator reports. Where layers take turns, all three are those of the turn that takes most
+        (the embedding trains, and the layers with the widest inputs), and ``usual`` is the peak of a turn as they come.
 time    A step of each compressed mode against the same mode uncompressed, in turn in one process. Target: at most
         1.30 on a CPU, 1.15 on a GPU.
 """
@@ -18,6 +19,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from tqdm import tqdm
 if not __package__:  # run as a script: its siblings are found from the root of the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.modes import MODES, Mode, build  # noqa: E402
+from benchmarks.modes import MODES, Mode, Training, build  # noqa: E402
 from benchmarks.reports import RESULTS, made_by, write  # noqa: E402
 from benchmarks.timing import paired_ratio, seconds_per_call, spread  # noqa: E402
 from frostline.memory import LiveBytes, footprint  # noqa: E402
@@ -40,48 +42,57 @@ _TIMED_LEVELS = ("safe", "slimfit", "max")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("memory", "time"), default="memory")
+    parser.add_argument("--rounds", type=int, default=8, help="timed rounds (default 8)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="ways to measure (default all)")
+    arguments_of_shape(parser, rows=32, modes=MODES)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     if options.mode:
-        print(json.dumps(measure_memory(MODES[options.mode], options)))
+        print(json.dumps(measure_memory(MODES[options.mode], options)[0]))
         return 0
-    size = f"{options.rows}x{options.length}" if options.shape == "bert" else str(options.rows)
-    kind = "memory" if options.part == "memory" else "memory_time"
-    out = options.out or RESULTS / f"{kind}-{options.shape}-{size}.json"
-    report = {
-        "shape": options.shape,
-        "rows": options.rows,
-        "length": options.length if options.shape == "bert" else None,
-        **made_by("memory.py", options.seed, options.device),
-    }
+    out = options.out or results_of("memory" if options.part == "memory" else "memory_time", options)
+    report = {**shape_of(options), **made_by("memory.py", options.seed, options.device)}
     if options.part == "memory":
-        _alone(report, options, out)
+        finish({**report, "modes": each_alone(__file__, options.modes, report, options, out)}, out)
     else:
         write({**report, "modes": measure_time(options)}, out)
     print(out)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments_of_shape(parser: argparse.ArgumentParser, *, rows: int, modes: Iterable[str]) -> None:
+    """What every benchmark of base-size models is told."""
     parser.add_argument("shape", nargs="?", choices=("bert", "vit"), default="bert")
-    parser.add_argument("--part", choices=("memory", "time"), default="memory")
-    parser.add_argument("--rows", type=int, default=32, help="samples in a batch (default 32)")
+    parser.add_argument("--rows", type=int, default=rows, help=f"samples in a batch (default {rows})")
     parser.add_argument("--length", type=int, default=128, help="tokens in a sample (default 128)")
-    parser.add_argument("--rounds", type=int, default=8, help="timed rounds (default 8)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="results file")
-    parser.add_argument("--mode", choices=sorted(MODES), help="measure the memory of this mode here, and print it")
-    return parser
+    parser.add_argument("--mode", choices=sorted(modes), help="measure this way here, and print what was found")
+
+
+def shape_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What a report says of the batches."""
+    length = options.length if options.shape == "bert" else None
+    return {"shape": options.shape, "rows": options.rows, "length": length, "rounds": options.rounds}
+
+
+def results_of(kind: str, options: argparse.Namespace) -> Path:
+    """Where the results go if nobody says where."""
+    size = f"{options.rows}x{options.length}" if options.shape == "bert" else str(options.rows)
+    return RESULTS / f"{kind}-{options.shape}-{size}{'-gpu' if options.device.startswith('cuda') else ''}.json"
 
 
 # -- memory -----------------------------------------------------------------------------------------------
 
 
-def _alone(report: dict[str, Any], options: argparse.Namespace, out: Path) -> None:
-    """Every mode in a process of its own: what one has left behind counts for no other.
+def each_alone(
+    script: str, names: list[str], report: dict[str, Any], options: argparse.Namespace, out: Path
+) -> list[dict[str, Any]]:
+    """What ``script --mode`` says of each of ``names``, in a process of its own: no other leaves anything behind.
 
     Each is written down as soon as it is measured, beside ``out``: a run that was stopped goes on after the last one.
     """
@@ -89,47 +100,44 @@ def _alone(report: dict[str, Any], options: argparse.Namespace, out: Path) -> No
     found: list[dict[str, Any]] = []
     if part.exists():
         earlier = json.loads(part.read_text(encoding="utf-8"))
-        same = ("shape", "rows", "length", "seed", "device", "environment")
+        same = ("shape", "rows", "length", "rounds", "seed", "device", "environment")
         found = earlier["modes"] if all(earlier[key] == report[key] for key in same) else []
     done = {mode["mode"] for mode in found}
-    for name in tqdm([name for name in MODES if name not in done], desc="modes"):
+    for name in tqdm([name for name in names if name not in done], desc="modes"):
         command = [
-            sys.executable, __file__, options.shape, "--mode", name, "--rows", str(options.rows), "--length",
+            sys.executable, script, options.shape, "--mode", name, "--rows", str(options.rows), "--length",
             str(options.length), "--threads", str(options.threads), "--device", options.device, "--seed",
-            str(options.seed),
+            str(options.seed), "--rounds", str(options.rounds),
         ]  # fmt: skip
         child = subprocess.run(command, capture_output=True, text=True, check=False)
         if child.returncode:
             raise SystemExit(f"mode {name!r} failed:\n{child.stderr}")
         found.append(json.loads(child.stdout.splitlines()[-1]))
         write({**report, "modes": found}, part)
-    write({**report, "modes": found}, out)
-    part.unlink(missing_ok=True)
+    return found
 
 
-def measure_memory(mode: Mode, options: argparse.Namespace) -> dict[str, Any]:
-    """Bytes of one mode: saved, at the peak, resident."""
-    before = _resident()
+def finish(report: dict[str, Any], out: Path) -> None:
+    """Write the whole report; what :func:`each_alone` has written down meanwhile goes."""
+    write(report, out)
+    out.with_suffix(".part.json").unlink(missing_ok=True)
+
+
+def measure_memory(mode: Mode, options: argparse.Namespace) -> tuple[dict[str, Any], Training]:
+    """Bytes of one way: saved, at the peak, resident. And the training itself, which may go on."""
+    before = _resident() if not options.device.startswith("cuda") else 0
     training = build(mode, options.shape, options.rows, options.length, options.seed, options.device)
     training.settle(options.seed)
-    cuda = options.device.startswith("cuda")
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        training.step()
-        peak, resident = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    else:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest mark starts anew
-        training.step()
-        resident = _highest() - before
-        with LiveBytes(training.tensors()) as live:
-            training.step()
-        peak = live.peak
+    usual = _peak(training, options.device)[0] if mode.resting else None
+    training.take_the_heaviest_turn()
+    peak, resident = _peak(training, options.device)
+    training.take_the_heaviest_turn()
     if training.compressor is not None:
         training.compressor.detach()
-    kept = footprint(training.model, training.stack.blocks, ((), training.inputs), mode.level)
-    return {
+    kept = footprint(training.model, training.stack.blocks, ((), training.parts[0]), mode.level)
+    training.compress()
+    found = {
         "mode": mode.name,
-        "method": mode.method,
         "level": mode.level,
         "weights": sum(t.numel() * t.element_size() for t in training.model.parameters()),
         "moments": sum(t.numel() * t.element_size() for t in training.tensors()) - sum(
@@ -139,8 +147,22 @@ def measure_memory(mode: Mode, options: argparse.Namespace) -> dict[str, Any]:
         "saved": kept.total,
         "saved_by_operation": kept.by_operation(),
         "peak": peak,
-        "resident": resident,
+        "usual": usual,
+        "resident": resident - before,
     }  # fmt: skip
+    return found, training
+
+
+def _peak(training: Training, device: str) -> tuple[int, int]:
+    """The most bytes alive at any moment of a step, and the most that the process, or the allocator, had."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        training.step()
+        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest mark starts anew
+    with LiveBytes(training.tensors()) as live:
+        training.step()
+    return live.peak, _highest()
 
 
 def _status(key: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +13,13 @@ from benchmarks.steps import adamw
 from frostline import BlockStack, Frostline
 from frostline.memory import Compressor
 
-__all__ = ["MODES", "Mode", "Training", "build"]
+__all__ = ["MODES", "RESTING", "Mode", "Training", "build"]
 
 # SlimFit's F: of BERT-base's 102 schedulable tensors 91 rest at a step.
 RESTING = 0.9
 _LORA_RANK = 8
+# Steps after which a cache of one batch must be full.
+_MOST_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -29,28 +30,42 @@ class Mode:
         name: as the tables say it.
         attention: implementation that transformers is asked for.
         attention_dropout: probability in attention; fused kernels of the host have none.
-        method: ``full``, ``checkpointing``, ``lora``, ``prefix`` (half of the blocks frozen) or ``resting``.
+        lora: whether adapters train in place of the weights.
+        checkpointing: of every block.
+        frozen: share of the blocks below the frost line.
+        cached: whether what comes out of them is kept in host memory.
+        resting: share of the layers above it that rest at each step (policy ``interlayer``).
         level: of compression.
         moments: optimizer moments of all weights, or of those that train at the step.
+        parts: micro-batches in a step.
     """
 
     name: str
     attention: str = "sdpa"
     attention_dropout: float = 0.1
-    method: str = "full"
+    lora: bool = False
+    checkpointing: bool = False
+    frozen: float = 0.0
+    cached: bool = False
+    resting: float = 0.0
     level: str = "off"
     moments: str = "all"
+    parts: int = 1
 
     def compressed(self, level: str) -> Mode:
         return replace(self, name=f"{self.name} + {level}", level=level)
 
+    def checkpointed(self) -> Mode:
+        return replace(self, name=f"{self.name} + checkpointing", checkpointing=True)
+
 
 _FULL = Mode("full")
-_CHECKPOINTING = Mode("gradient checkpointing", method="checkpointing")
-_LORA = Mode("LoRA r=8", method="lora")
-_PREFIX = Mode("half frozen", method="prefix")
-_RESTING = Mode("resting 0.9", method="resting")
-_ACTIVE = Mode("resting 0.9, moments of active layers", method="resting", moments="active")
+_CHECKPOINTING = Mode("gradient checkpointing", checkpointing=True)
+_LORA = Mode("LoRA r=8", lora=True)
+_PREFIX = Mode("half frozen", frozen=0.5)
+_CACHED = Mode("half frozen, cached", frozen=0.5, cached=True)
+_RESTING = Mode("resting 0.9", resting=RESTING)
+_ACTIVE = Mode("resting 0.9, moments of active layers", resting=RESTING, moments="active")
 
 MODES: dict[str, Mode] = {
     mode.name: mode
@@ -61,7 +76,9 @@ MODES: dict[str, Mode] = {
         _CHECKPOINTING,
         _LORA,
         _PREFIX,
+        _CACHED,
         _RESTING,
+        _ACTIVE,
         *(_FULL.compressed(level) for level in ("safe", "slimfit", "max")),
         *(_RESTING.compressed(level) for level in ("safe", "slimfit", "published", "max")),
         *(_ACTIVE.compressed(level) for level in ("slimfit", "max")),
@@ -80,33 +97,82 @@ class Training:
         self.optimizer = adamw(self.every)
         self.stack = BlockStack.find(model)
         self.frost: Frostline | None = None
+        self.compressor: Compressor | None = None
         self.loss = torch.zeros(())
-        self.compressor = Compressor(model, mode.level) if mode.level != "off" else None
+        parts = [value.chunk(mode.parts) for value in call.values()]
+        self.parts: list[dict[str, torch.Tensor]] = [
+            dict(zip(call, values, strict=True)) for values in zip(*parts, strict=True)
+        ]
 
     def step(self) -> None:
         """One optimizer step."""
-        # As in most loops, the last loss (and what its graph has left) is there until the next one is.
-        self.loss = self.model(**self.inputs).loss
-        self.loss.backward()
+        for part in self.parts:
+            # As in most loops, the last loss (and what its graph has left) is there until the next one is.
+            self.loss = self.model(**part).loss / self.mode.parts
+            self.loss.backward()
+        if self.frost is not None:
+            self.frost.before_step()
         nn.utils.clip_grad_norm_(self.every, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.frost is not None:
+            self.frost.after_step()
 
     def settle(self, seed: int) -> None:
-        """Two steps: the first in full, so that all moments are there, the second as the mode has it."""
-        if self.mode.method != "lora":
+        """Steps until the next is like all that follow: the first in full, so that all moments are there."""
+        mode = self.mode
+        if not mode.lora:
             self.step()
-        if self.mode.method == "prefix":
+        if mode.frozen or mode.resting:
+            line = {"policy": "static", "depth": int(mode.frozen * len(self.stack))}
+            options: dict[str, Any] = line
+            if mode.resting:
+                moments = "drop" if mode.moments == "active" else "keep"
+                options = {"policy": "interlayer", "share": mode.resting, "seed": seed, "moments": moments}
+                options |= {"line": line} if mode.frozen else {}
             self.frost = Frostline(
-                self.model, self.optimizer, policy="static", depth=len(self.stack) // 2, steps_per_epoch=1000, epochs=1
-            )
-        if self.mode.method == "resting":
-            _rest(self.model, self.stack, seed)
-        if self.mode.moments == "active":
-            for parameter in self.every:
-                if not parameter.requires_grad:
-                    self.optimizer.state.pop(parameter, None)
+                self.model, self.optimizer, cache="memory" if mode.cached else "off", steps_per_epoch=1, epochs=10_000,
+                batch_size=next(iter(self.inputs.values())).shape[0], **options,
+            )  # fmt: skip
+        self.compress()
         self.step()
+        for _ in range(_MOST_STEPS):
+            if self._reads_all():
+                return
+        raise RuntimeError(f"{mode.name}: the cache does not hold the batch: {self.cache}")
+
+    def compress(self) -> None:
+        """Have passes packed from here on, where the mode says so."""
+        if self.mode.level != "off":
+            self.compressor = Compressor(self.model, self.mode.level, entries=self.stack.ancestors())
+
+    def take_the_heaviest_turn(self) -> None:
+        """Where layers take turns: at the next step those train that take most of memory."""
+        if not self.mode.resting or self.frost is None:
+            return
+        rows = next(iter(self.parts[0].values()))
+        tokens = rows.shape[0] * (rows.shape[1] if rows.dim() == 2 else 1)
+        sizes = {
+            name: 4 * (parameter.numel() + tokens * parameter.shape[-1])
+            for name, parameter in self.stack.model.named_parameters()
+        }
+        self.frost.freezer.apply(self.frost.policy.heaviest(sizes))
+
+    @property
+    def cache(self) -> dict[str, Any] | None:
+        """What the cache says of itself, where there is one."""
+        found: dict[str, Any] | None = self.frost.summary()["cache"] if self.frost is not None else None
+        return found
+
+    def _reads_all(self) -> bool:
+        """Whether a step reads all of its samples from the cache, or has none."""
+        before = self.cache
+        if before is None:
+            return True
+        self.step()
+        after = self.cache
+        assert after is not None
+        return bool(after["hits"] > before["hits"] and after["misses"] == before["misses"])
 
     def tensors(self) -> Iterable[torch.Tensor]:
         """What is there between two steps: weights, buffers, moments and the batch."""
@@ -120,13 +186,13 @@ def build(mode: Mode, shape: str, rows: int, length: int, seed: int, device: str
     torch.manual_seed(seed)
     model, inputs = _SHAPES[shape](mode, rows, length)
     model.to(device)
-    if mode.method == "lora":
+    if mode.lora:
         from peft import LoraConfig, get_peft_model
 
         targets = ["query", "value", "q_proj", "v_proj"]
         config = LoraConfig(r=_LORA_RANK, target_modules=targets, modules_to_save=["classifier"])
         model = get_peft_model(model, config)
-    if mode.method == "checkpointing":
+    if mode.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Training(mode, model, {key: value.to(device) for key, value in inputs.items()})
 
@@ -151,12 +217,3 @@ def _vit(mode: Mode, rows: int, length: int) -> tuple[Any, dict[str, torch.Tenso
 
 
 _SHAPES: dict[str, Callable[[Mode, int, int], tuple[Any, dict[str, torch.Tensor]]]] = {"bert": _bert, "vit": _vit}
-
-
-def _rest(model: nn.Module, stack: BlockStack, seed: int) -> None:
-    """Rest a random nine tenths of the tensors that SlimFit schedules (all but biases); the head trains."""
-    head = set(stack.parameters_of("head"))
-    layers = [(n, p) for n, p in model.named_parameters() if not n.endswith("bias") and n not in head]
-    for _, parameter in random.Random(seed).sample(layers, int(RESTING * len(layers))):
-        parameter.requires_grad_(False)
-        parameter.grad = None

@@ -20,6 +20,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="results (default: all under benchmarks/results)")
     for path in parser.parse_args(arguments).files or sorted(RESULTS.glob("*.json")):
+        if path.name.endswith(".part.json"):  # of a run that was stopped
+            continue
         make = TABLES.get(path.stem.partition("-")[0])
         if make is not None:
             print("\n".join(make(json.loads(path.read_text(encoding="utf-8")))), end="\n\n")
@@ -178,7 +180,7 @@ def memory(report: dict[str, Any]) -> Iterable[str]:
     plain = modes.get("full, eager attention") or modes["full"]
     yield f"Memory of a training step, {report['shape']}-base, {size}, fp32, AdamW, MB:\n"
     yield from _rows(
-        ["way", "saved for backward", "smaller", "peak of the step", "smaller", "resident"],
+        ["way", "saved for backward", "smaller", "peak of the step", "smaller", "usual turn", "resident"],
         (
             [
                 name,
@@ -186,6 +188,7 @@ def memory(report: dict[str, Any]) -> Iterable[str]:
                 f"{plain['saved'] / mode['saved']:.1f}x",
                 f"{mode['peak'] / 1e6:,.0f}",
                 f"{plain['peak'] / mode['peak']:.2f}x",
+                f"{mode['usual'] / 1e6:,.0f}" if mode["usual"] else "-",
                 f"{mode['resident'] / 1e6:,.0f}",
             ]
             for name, mode in modes.items()
@@ -215,6 +218,115 @@ def memory_time(report: dict[str, Any]) -> Iterable[str]:
     yield _machine(report)
 
 
+def budgets(report: dict[str, Any]) -> Iterable[str]:
+    """What ``budgets.py`` measured."""
+    size = f"{report['rows']} x {report['length']} tokens" if report["length"] else f"{report['rows']} images"
+    yield f"Ways to train {report['shape']}-base with batches of {size}, fp32, AdamW:\n"
+    yield from _rows(
+        ["way", "peak of a step, MB", "records, KB a sample", "time against full"],
+        (
+            [
+                way["mode"],
+                f"{way['peak'] / 1e6:,.0f}",
+                f"{way['cached'] / 1e3:,.0f}" if way["cached"] else "-",
+                f"{way['time']['median']:.2f}",
+            ]
+            for way in report["modes"]
+        ),
+    )
+    yield ""
+    yield "The fastest way of each kind that fits into a budget, and its time against full fine-tuning without one:\n"
+    kinds = [kind for kind in report["best"][0] if kind != "budget"]
+    yield from _rows(
+        ["budget", *kinds],
+        (
+            [
+                f"{row['budget'] / 2**30:.2f} GiB",
+                *(
+                    f"{row[kind]['time']:.2f} ({_by_what(row[kind]['way'], kind)})" if row[kind] else "-"
+                    for kind in kinds
+                ),
+            ]
+            for row in report["best"]
+        ),
+    )
+    yield ""
+    yield _machine(report)
+
+
+def _by_what(way: str, kind: str) -> str:
+    """What a way adds to its kind."""
+    return way.removeprefix(kind).lstrip(" +,") or "as it is"
+
+
+def interlayer(report: dict[str, Any]) -> Iterable[str]:
+    """What ``interlayer.py`` measured."""
+    tasks, pooled = report["tasks"], report["pooled"]
+    yield "SlimFit (a tenth of the layers train at a step, activations compressed) against full fine-tuning:\n"
+    yield from _rows(
+        ["task", "learning rate, full", "SlimFit", "test accuracy, full", "SlimFit", "loss, points", "95 % interval"],
+        (
+            [
+                name,
+                *(f"{task['rates'][side]:g}{' (end)' * task['at_the_end'][side]}" for side in ("full", "ours")),
+                *(
+                    f"{sum(accuracies) / len(accuracies):.1f}"
+                    for accuracies in (task["comparison"]["accuracy"][side] for side in ("full", "ours"))
+                ),
+                f"{task['comparison']['loss_points']['mean']:+.2f}",
+                " to ".join(f"{value:+.2f}" for value in task["comparison"]["loss_points"]["interval_95"]),
+            ]
+            for name, task in tasks.items()
+            if task.get("comparison")
+        ),
+    )
+    yield ""
+    if not pooled:
+        return
+    low, high = pooled["interval_95"]
+    seeds = min(len(task["comparison"]["loss_points"]["per_seed"]) for task in tasks.values() if task.get("comparison"))
+    yield (
+        f"Pooled over {len(pooled['tasks'])} tasks, {seeds} seeds each: {pooled['mean']:+.2f} points, 95 % interval "
+        f"{low:+.2f} to {high:+.2f} (bootstrap over items and seeds)."
+    )
+    yield ""
+    last = list(tasks.values())[-1]
+    yield _machine({**last, "command": "python benchmarks/interlayer.py"})
+
+
+def drift(report: dict[str, Any]) -> Iterable[str]:
+    """What ``drift.py`` measured."""
+    settings = report["settings"]
+    yield f"{settings['steps']} steps of {settings['recipe']} at each level, against exact ones:\n"
+    yield from _rows(
+        [
+            "level",
+            "validation loss",
+            "from exact",
+            "distance",
+            "test accuracy, %",
+            "from exact",
+            "distance",
+            "two seeds",
+        ],
+        (
+            [
+                level,
+                f"{row['loss']['mean']:.4f}",
+                f"{row['loss']['apart']:+.4f}",
+                f"{row['loss']['distance']:.4f}",
+                f"{100 * row['accuracy']['mean']:.2f}",
+                f"{100 * row['accuracy']['apart']:+.2f}",
+                f"{100 * row['accuracy']['distance']:.2f}",
+                f"{row['loss']['spread']:.4f}; {100 * row['accuracy']['spread']:.2f}",
+            ]
+            for level, row in report["levels"].items()
+        ),
+    )
+    yield ""
+    yield _machine(report)
+
+
 def gradients(report: dict[str, Any]) -> Iterable[str]:
     """What ``gradients.py`` measured."""
     yield (
@@ -236,9 +348,12 @@ def gradients(report: dict[str, Any]) -> Iterable[str]:
 # By what a file's name begins with.
 TABLES: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "accuracy": accuracy,
+    "budgets": budgets,
     "cache": cache,
     "disk": disk,
+    "drift": drift,
     "gradients": gradients,
+    "interlayer": interlayer,
     "memory": memory,
     "memory_time": memory_time,
     "step_time": step_time,

@@ -45,8 +45,11 @@ def plan_for(stack: BlockStack, samples_per_step: int, samples_per_epoch: int, e
     trained = [name for name, parameter in stack.model.named_parameters() if parameter.requires_grad]
     biases = tuple(name for name in trained if name.endswith("bias"))
     layers = tuple(name for name in trained if not name.endswith("bias"))
+    depths = tuple(
+        1 if (owner := stack.owners[name]) == "stem" else 0 if owner == "head" else owner + 1 for name in layers
+    )
     blocks = tuple(stack.block_paths)
-    return Plan(blocks, stem, head, samples_per_step, samples_per_epoch, epochs, layers, biases)
+    return Plan(blocks, stem, head, samples_per_step, samples_per_epoch, epochs, layers, biases, depths)
 
 
 class Frostline:
@@ -198,8 +201,7 @@ class Frostline:
             self.cache.agree()
         if not self._active or self._cadence is None:
             return
-        position = self.samples if self._cadence.unit == "samples" else self.step
-        if position + 1e-6 >= (self.evaluations + 1) * self._cadence.every:
+        if self._cadence.times(step=self.step, samples=self.samples) > self.evaluations:
             start = time.perf_counter()
             self._decide()
             self.seconds["decide"] += time.perf_counter() - start
@@ -351,7 +353,7 @@ class Frostline:
                     f"the frost line has moved {self._changes} times, the most that "
                     "max_depth_changes allows (each move recompiles the model once): it stays where it is",
                 )
-                decision = Decision(before, decision.resting)
+                decision = self.freezer.decision  # what is to rest was chosen for the other line
             else:
                 self._changes += 1
         self._freeze(decision)
@@ -396,6 +398,9 @@ class Frostline:
         decision, optimizer = self.freezer.decision, self.freezer.optimizer
         self.freezer.release()
         self.stack = BlockStack.find(model, self._blocks_path, (args, kwargs))
+        self.plan = self.policy.plan = plan_for(
+            self.stack, self.plan.samples_per_step, self.plan.samples_per_epoch, self.plan.epochs
+        )
         self.freezer = Freezer(self.stack, optimizer, self.policy.moments)
         before = self._statistics
         self._measure()

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import frostline
 from frostline.adapters import fitting
-from frostline.errors import ConfigError, ModelError
+from frostline.errors import ConfigError, ModelError, ResumeError
+from frostline.memory import LiveBytes
 from frostline.memory.planner import Considered, MemoryPlan
 from tests.adapters.hosts import Rows, bert, trainer_for
 from tests.memory.steps import everything_packs, packed_roles
@@ -113,6 +115,100 @@ def test_a_budget_makes_the_run_smaller_and_the_settings_come_back(policy: str, 
     assert frost.summary()["samples"] == 64 * args.num_train_epochs
     assert frost.summary()["memory"]["plan"]["rows"] == plan["rows"]
     assert f"micro-batches of {plan['rows']}" in str(frost.summary())
+
+
+class Meter(transformers.TrainerCallback):
+    """The most bytes alive at any moment of a whole run."""
+
+    def on_train_begin(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
+        self.live = LiveBytes([*model.parameters(), *model.buffers()])
+        self.live.__enter__()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.live.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy": "interlayer", "share": "auto"},
+        {"policy": "interlayer", "share": 0.9, "line": {"policy": "static", "depth": 2}},
+        {"policy": "gradient-norm"},
+        {"policy": "random-blocks", "active": 1, "every": 2},
+    ],
+    ids=lambda options: options["policy"],
+)
+def test_a_budget_holds_over_the_whole_run(options: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever trains at a step: the embedding's turn comes too. What is measured for the policy counts."""
+
+    def train(folder: Path, budget: int) -> tuple[Any, int]:
+        trainer = trainer_for(folder, bert(hidden_size=128, intermediate_size=256), rows=Rows(64, length=16))
+        frost = frostline.attach(trainer, memory={"budget": budget}, **options)
+        meter = Meter()
+        trainer.add_callback(meter)
+        trainer.train()
+        (plan,) = rows_of_a_budget(frost)
+        return plan, meter.live.peak
+
+    roomy, whole = train(tmp_path / "a", 10**12)
+    assert whole <= 1.05 * roomy["peak"]
+    budget = int(0.96 * roomy["peak"])
+    plan, peak = train(tmp_path / "b", budget)
+    assert plan["peak"] <= budget
+    assert peak <= 1.02 * budget, "the Trainer's own sums and batches are not in the plan"
+
+
+def test_as_few_layers_rest_as_the_budget_allows(tmp_path: Path) -> None:
+    def plan(folder: Path, share: float | str, budget: int = 10**12) -> dict[str, Any]:
+        trainer = trainer_for(folder, bert(hidden_size=128, intermediate_size=256), max_steps=3)
+        frost = frostline.attach(trainer, "interlayer", share=share, memory={"budget": budget, "level": "off"})
+        trainer.train()
+        (found,) = rows_of_a_budget(frost)
+        assert frost.summary()["policy"]["options"]["share"] == found["policy"].get("share", share)
+        return found
+
+    assert plan(tmp_path / "a", "auto")["policy"] == {"share": 0.5}
+    half, most = (plan(tmp_path / name, share)["plain"] for name, share in (("b", 0.5), ("c", 0.95)))
+    assert most < half
+    with pytest.raises(ConfigError, match="cannot be met"):
+        plan(tmp_path / "d", 0.5, int(0.5 * most))
+    # Least of what 0.5 could do with micro-batches of one, and what 0.95 can do.
+    budget = int(1.02 * plan_of_one_row(tmp_path / "e", 0.95))
+    assert plan(tmp_path / "f", "auto", budget)["policy"]["share"] > 0.5
+
+
+def plan_of_one_row(folder: Path, share: float) -> int:
+    """What a step with a single sample takes."""
+    model = bert(hidden_size=128, intermediate_size=256)
+    trainer = trainer_for(folder, model, max_steps=1, per_device_train_batch_size=1)
+    settings = {"budget": 10**12, "level": "off"}
+    frost = frostline.attach(trainer, "interlayer", share=share, memory=settings)
+    trainer.train()
+    return int(rows_of_a_budget(frost)[0]["plain"])
+
+
+def test_a_resumed_run_keeps_the_share_that_its_budget_chose(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2}
+
+    def train(steps: int, *, resume: bool = False, budget: int = 10**12, **options: Any) -> Any:
+        trainer = trainer_for(tmp_path, max_steps=steps, **settings)
+        frost = frostline.attach(trainer, memory={"budget": budget}, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return frost
+
+    chosen = rows_of_a_budget(train(2, policy="interlayer", share="auto"))[0]["policy"]
+    assert chosen == {"share": 0.5}
+    again = train(4, resume=True, budget=10**11, policy="interlayer", share="auto")
+    assert rows_of_a_budget(again)[-1]["policy"] == chosen, "another budget, the same options"
+    with pytest.raises(ResumeError, match="was made with policy interlayer"):
+        train(6, resume=True, policy="interlayer", share=0.9)
+    with pytest.raises(ResumeError, match="was made with policy interlayer"):
+        train(6, resume=True, policy="static", depth=1)
+
+
+def test_an_open_share_without_a_budget_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="memory.budget"):
+        frostline.attach(trainer_for(tmp_path), "interlayer", share="auto")
 
 
 def test_micro_batches_are_the_same_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,11 +28,27 @@ def test_ranks_agree(name: str, ranks: list[dict[str, Any]]) -> None:
         assert first["trajectory"][-1]["depth"] > 0
 
 
-def test_ranks_read_records(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", ["ramp-cached", "interlayer-cached"])
+def test_ranks_read_records(name: str, ranks: list[dict[str, Any]]) -> None:
     """Each rank sees the same rows in both epochs here; DDP runs the blocks that are left."""
     for rank in ranks:
-        assert rank["ramp-cached"]["read"] > 0
-        assert not rank["ramp-cached"]["limits"]
+        assert rank[name]["read"] > 0
+        assert not rank[name]["limits"]
+
+
+def test_layers_that_take_turns_with_and_without_records(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert len(set(rank["interlayer"]["frozen"])) > 1
+        assert rank["interlayer"]["kept"] > 0
+        assert rank["interlayer"]["trajectory"] == rank["interlayer-cached"]["trajectory"]
+
+
+def test_gradients_of_resting_layers_are_sent_all_the_same(ranks: list[dict[str, Any]]) -> None:
+    """DDP's buckets are made once: what rests at a step travels as zeros. Stated in the README; no bytes are saved."""
+    for rank in ranks:
+        whole = sum(p.numel() * p.element_size() for p in bert().parameters())
+        assert rank["sent"]["none"] == [whole] * 6
+        assert rank["sent"]["interlayer"] == [whole] * 6
 
 
 def test_statistic_is_that_of_both_ranks(ranks: list[dict[str, Any]]) -> None:

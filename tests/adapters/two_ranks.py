@@ -15,11 +15,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import frostline
 from frostline.errors import ModelError
-from tests.adapters.hosts import RAMP, Witness, assert_ordinary, bert, trainer_for
+from frostline.memory import saved
+from tests.adapters.hosts import RAMP, Witness, assert_ordinary, batches, bert, trainer_for
 
 RATE = 0.05
 
@@ -28,6 +30,9 @@ CASES: dict[str, dict[str, Any]] = {
     "random-blocks": {"policy": "random-blocks", "active": 1, "every": 2},
     "ramp-accumulating": RAMP,
     "ramp-cached": {**RAMP, "cache": "memory"},
+    # The decision changes at every step, on every rank alike; what each rank saves is compressed.
+    "interlayer": {"policy": "interlayer", "share": 0.5, "line": RAMP, "memory": "slimfit"},
+    "interlayer-cached": {"policy": "interlayer", "share": 0.5, "line": RAMP, "memory": "slimfit", "cache": "memory"},
 }
 
 
@@ -61,6 +66,7 @@ def _train(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
     events = [{k: v for k, v in e.items() if k != "time"} for e in frost.log.events if e["event"] == "decision"]
     cache = frost.summary()["cache"] or {"hits": 0, "upgrades": 0}
     return {
+        "kept": (frost.summary()["memory"] or {"kept": 0})["kept"],
         "read": cache["hits"] + cache["upgrades"],
         "limits": frost.summary()["limits"],
         "decisions": events,
@@ -69,6 +75,30 @@ def _train(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
         "frozen": witness.frozen,
         "weights": _digest(trainer.model),
     }
+
+
+def _sent(options: dict[str, Any]) -> list[int]:
+    """Bytes of gradients that a plain DDP loop sends at each step, its first two (buckets are rebuilt) left out."""
+    model = DistributedDataParallel(bert(), find_unused_parameters=True)
+    sent: list[int] = []
+
+    def count(_, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations, and not with strings
+        sent[-1] += bucket.buffer().numel() * bucket.buffer().element_size()
+        return default_hooks.allreduce_hook(torch.distributed.group.WORLD, bucket)
+
+    model.register_comm_hook(None, count)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    frost = frostline.Frostline(model, optimizer, steps_per_epoch=8, epochs=1, **options)
+    for batch in batches(8):
+        sent.append(0)
+        model.train()
+        model(**batch).loss.backward()
+        frost.before_step()
+        optimizer.step()
+        optimizer.zero_grad()
+        frost.after_step()
+    frost.finish()
+    return sent[2:]
 
 
 def _refusals(folder: Path) -> list[str]:
@@ -88,7 +118,12 @@ def main(folder: Path) -> None:
     """Run every case and write what this rank saw."""
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
+    saved.SMALL = 2  # the tensors of a tiny model are packed too
     found: dict[str, Any] = {name: _train(folder, name, options) for name, options in CASES.items()}
+    found["sent"] = {
+        "none": _sent({"policy": "none"}),
+        "interlayer": _sent({"policy": "interlayer", "share": 0.9, "memory": "slimfit"}),
+    }
     found["refused"] = _refusals(folder)
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
 

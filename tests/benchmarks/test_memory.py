@@ -14,9 +14,10 @@ import torch
 from benchmarks.gradients import compare
 from benchmarks.memory import main, measure_memory, measure_time
 from benchmarks.modes import MODES
+from benchmarks.table import budgets as budget_table
 from benchmarks.table import gradients, memory, memory_time
 
-from benchmarks import modes
+from benchmarks import budgets, modes
 from tests.memory.steps import everything_packs
 
 OPTIONS = Namespace(shape="bert", rows=4, length=32, seed=0, device="cpu", rounds=2)
@@ -41,13 +42,14 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_every_way_is_smaller_where_it_says_so() -> None:
-    found = {name: measure_memory(mode, OPTIONS) for name, mode in MODES.items()}
+    found = {name: measure_memory(mode, OPTIONS)[0] for name, mode in MODES.items()}
     full = found["full"]
-    for name in ("resting 0.9", "half frozen", "gradient checkpointing", "LoRA r=8"):
+    for name in ("resting 0.9", "half frozen", "half frozen, cached", "gradient checkpointing", "LoRA r=8"):
         assert found[name]["saved"] < full["saved"], name
         packed = found.get(f"{name} + slimfit")
         assert packed is None or packed["saved"] < 0.5 * found[name]["saved"], name
     assert found["full + slimfit"]["peak"] < full["peak"]
+    assert found["resting 0.9"]["usual"] <= found["resting 0.9"]["peak"]
     assert found["resting 0.9, moments of active layers + slimfit"]["moments"] < 0.5 * full["moments"]
     assert full["moments"] == pytest.approx(2 * full["weights"], rel=0.01)
     report = {"shape": "bert", "rows": 4, "length": 32, "device": "cpu", "date": "today", "command": "make"}
@@ -79,6 +81,24 @@ def test_a_run_that_was_stopped_goes_on_after_the_last_mode(tmp_path: Path, monk
     assert [name for name in ran if name != "stop"] == list(MODES)
     assert [row["mode"] for row in json.loads((tmp_path / "memory.json").read_text())["modes"]] == list(MODES)
     assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
+
+
+def test_the_fastest_way_in_each_budget() -> None:
+    chosen = ("full", "full, 4 micro-batches", "half frozen, cached, resting 0.9 + slimfit")
+    ways = [budgets.measure(name, OPTIONS) for name in chosen]
+    whole, split, combined = ways
+    assert combined["saved"] < 0.5 * whole["saved"]
+    assert combined["peak"] < split["peak"] < whole["peak"]
+    assert combined["cached"] > 0
+    assert all(way["time"]["pairs"] == 2 for way in ways)
+    rows = budgets.best([{**way, "peak": way["peak"] * budgets.GIB / whole["peak"]} for way in ways])
+    first, last = rows[0], rows[-1]
+    assert first["half frozen, cached, resting 0.9"]["way"] == chosen[2]
+    assert first["LoRA r=8"] is None
+    assert last["full"]["way"] == min(ways[:2], key=lambda way: way["time"]["median"])["mode"]
+    report = {"shape": "bert", "rows": 4, "length": 32, "device": "cpu", "date": "today", "command": "make"}
+    shown = "\n".join(budget_table({**report, "environment": MACHINE, "modes": ways, "best": rows}))
+    assert "| 1.00 GiB |" in shown
 
 
 def test_cosines_by_part() -> None:

@@ -18,22 +18,25 @@ import frostline
 from frostline.events import EventLog
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.cache.sides import ROWS, SAMPLES, batch_of
+from tests.memory.steps import everything_packs
 
 EPOCHS = 3
 BY_NAME = {a.name: a for a in ARCHITECTURES}
+STATIC: dict[str, Any] = {"policy": "static", "depth": 2}
 PLAN: dict[str, Any] = {"steps_per_epoch": SAMPLES // ROWS, "epochs": EPOCHS, "batch_size": ROWS}
 
 
 def loop(
-    architecture: Architecture, cache: str, wrap: Callable[[nn.Module], nn.Module] = lambda m: m
+    architecture: Architecture,
+    cache: str,
+    wrap: Callable[[nn.Module], nn.Module] = lambda m: m,
+    options: dict[str, Any] | None = None,
 ) -> tuple[list[float], frostline.Summary, nn.Module, EventLog]:
     model = wrap(architecture.build())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     log = EventLog()
     path = architecture.path and f"{'net.' if isinstance(model, Outer) else ''}{architecture.path}"
-    frost = frostline.Frostline(
-        model, optimizer, policy="static", depth=2, cache=cache, blocks=path, events=log, **PLAN
-    )
+    frost = frostline.Frostline(model, optimizer, cache=cache, blocks=path, events=log, **PLAN, **(options or STATIC))
     losses = []
     for epoch in range(EPOCHS):
         for step in range(SAMPLES // ROWS):
@@ -74,6 +77,22 @@ def test_a_plain_loop(architecture: Architecture, wrap: Callable[[nn.Module], nn
     assert {c["depth"] for c in checks} == {2}
     assert checks[0]["difference"] <= 1e-4
     assert not any("forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=repr)
+def test_with_layers_that_take_turns_and_compression(architecture: Architecture) -> None:
+    """The whole house in one run: below the line records, above it layers that rest, and what is saved packed."""
+    line = {"policy": "static", "depth": 2}
+    options = {"policy": "interlayer", "share": 0.5, "line": line, "memory": "slimfit"}
+    with everything_packs():
+        expected, off, _, _ = loop(architecture, "off", options=options)
+        losses, summary, _, _ = loop(architecture, "memory", options=options)
+    # Rounding may carry a value over the border of a code: then gradients differ by more than rounding.
+    assert losses[: SAMPLES // ROWS] == pytest.approx(expected[: SAMPLES // ROWS], rel=1e-5)
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert summary["cache"]["hits"] > 0
+    assert summary["cache"]["hits"] + summary["cache"]["misses"] == EPOCHS * SAMPLES
+    assert 0 < summary["memory"]["kept"] <= off["memory"]["kept"]
 
 
 def test_accelerate() -> None:

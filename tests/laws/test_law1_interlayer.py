@@ -71,6 +71,29 @@ def test_what_rests_does_not_move_and_what_trains_does(architecture: Architectur
     assert all(p.requires_grad for n, p in job.model.named_parameters() if n in job.frost.plan.layer_paths)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=repr)
+def test_below_a_line_nothing_moves(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks under the frost line are frozen, layers above it take turns, and what is saved is compressed."""
+    monkeypatch.setattr(saved_tensors, "SMALL", 2)
+    job = Job(architecture, memory="slimfit", share=0.5, line={"policy": "ramp", "start": 0.0, "level": 0.5})
+    depths = set()
+    for _ in range(STEPS):
+        job.step()
+        depths.add(job.frost.depth)
+    assert depths == {0, len(job.frost.stack) // 2}
+    before = parameters(job.model)
+    for _ in range(3):
+        below = set(job.frost.stack.prefix_parameters(job.frost.depth))
+        assert below
+        resting = job.resting
+        job.step()
+        changed = moved(before, parameters(job.model))
+        before = parameters(job.model)
+        assert not changed & (below | resting)
+        assert changed
+    assert job.frost.summary()["memory"]["kept"] > 0
+
+
 @pytest.mark.parametrize("moments", ["keep", "drop"])
 def test_moments_of_resting_layers_are_kept_or_dropped(moments: str) -> None:
     job = Job(BY_NAME["bert"], moments=moments)
@@ -81,23 +104,38 @@ def test_moments_of_resting_layers_are_kept_or_dropped(moments: str) -> None:
     assert (len(kept) > 0) == (moments == "keep")
 
 
+RISING = {"policy": "ramp", "start": 0.0, "level": 0.5, "evaluations_per_epoch": 4}
+
+
+@pytest.mark.parametrize("line", [None, RISING], ids=["line at 0", "line rises"])
 @pytest.mark.parametrize("memory", ["off", "slimfit"])
-@pytest.mark.parametrize("at", [1, 4])
-def test_a_resumed_run_is_the_uninterrupted_one(at: int, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", [1, 4, 6])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    at: int, memory: str, line: dict[str, object] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(saved_tensors, "SMALL", 2)
-    whole = Job(BY_NAME["bert"], memory=memory)
+    whole = Job(BY_NAME["bert"], memory=memory, line=line)
     losses = [whole.step() for _ in range(STEPS)]
-    first = Job(BY_NAME["bert"], memory=memory)
+    assert (whole.frost.depth > 0) == (line is not None)
+    first = Job(BY_NAME["bert"], memory=memory, line=line)
     for _ in range(at):
         first.step()
     saved = copy.deepcopy((first.model.state_dict(), first.optimizer.state_dict(), first.frost.state_dict()))
-    second = Job(BY_NAME["bert"], memory=memory)
+    second = Job(BY_NAME["bert"], memory=memory, line=line)
     second.model.load_state_dict(saved[0])
     second.optimizer.load_state_dict(saved[1])
     second.frost.load_state_dict(saved[2])
     assert [second.step() for _ in range(STEPS - at)] == losses[at:]
     assert not moved(parameters(whole.model), parameters(second.model))
     assert second.resting == whole.resting
+
+
+def test_a_move_that_is_refused_changes_nothing_of_what_rests() -> None:
+    job = Job(BY_NAME["bert"], share=0.5, line=RISING, max_depth_changes=0)
+    for _ in range(STEPS):
+        job.step()
+        assert job.frost.depth == 0
+        assert len(job.resting) == len(job.frost.policy.layers) // 2  # type: ignore[attr-defined]
 
 
 def test_a_step_that_the_scaler_skips_records_nothing() -> None:

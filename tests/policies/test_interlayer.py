@@ -9,7 +9,7 @@ import pytest
 
 from frostline.errors import ConfigError
 from frostline.policies import Decision, Plan, create
-from frostline.policies.interlayer import Interlayer
+from frostline.policies.interlayer import Interlayer, InterlayerOptions
 from tests.policies.observations import plan, seen
 
 LAYERS = tuple(f"body.{i}.{name}.weight" for i in range(4) for name in ("linear", "norm")) + ("stem.table.weight",)
@@ -17,7 +17,8 @@ BIASES = tuple(f"body.{i}.linear.bias" for i in range(4)) + ("head.bias",)
 
 
 def layered() -> Plan:
-    return replace(plan(), layer_paths=(*LAYERS, "head.weight"), bias_paths=BIASES)
+    depths = (*(1 + i for i in range(4) for _ in range(2)), 1, 0)
+    return replace(plan(), layer_paths=(*LAYERS, "head.weight"), bias_paths=BIASES, layer_depths=depths)
 
 
 def build(**options: object) -> Interlayer:
@@ -56,7 +57,8 @@ def test_the_order_of_the_first_visits_is_seeded() -> None:
 
 def test_layers_that_move_least_rest_and_come_back_when_the_others_fall_below_them() -> None:
     policy = build(share=0.7)
-    policy.load_state_dict({"distances": {path: place + 1 for place, path in enumerate(LAYERS)}})
+    distances = {path: place + 1 for place, path in enumerate(LAYERS)}
+    policy.load_state_dict({"distances": distances, "asked": 0, "depth": 0})
     decision = policy.start()
     assert training(decision) == set(LAYERS[-3:])
     # Only what trained is measured; the fourth, resting at 6, is now farther than the last.
@@ -101,16 +103,91 @@ def test_a_share_outside_its_range_is_refused(share: float) -> None:
         build(share=share)
 
 
+def test_a_share_that_is_left_open_needs_a_budget() -> None:
+    with pytest.raises(ConfigError, match=r"share='auto'.*memory\.budget"):
+        build(share="auto")
+    options = InterlayerOptions(share="auto")
+    assert options.undecided == "share"
+    shares = [choice["share"] for choice in options.choices(pages=False)]
+    assert shares == sorted(shares)
+    paged = options.choices(pages=True)
+    assert paged[:2] == [{"share": shares[0]}, {"share": shares[0], "moments": "host"}]
+    assert InterlayerOptions(share=0.5, moments="drop").choices(pages=True) == [{}]
+
+
+def test_the_heaviest_decision_lets_the_largest_layers_train() -> None:
+    policy = build(share=0.7)
+    sizes = {path: place for place, path in enumerate(LAYERS)}
+    assert training(policy.heaviest(sizes)) == set(LAYERS[-3:])
+    assert not policy.distances
+    lowest = build(share=0.7, biases=False).heaviest(sizes)
+    assert LAYERS[0] in training(lowest), "what is above keeps its activations down to there"
+
+
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(ConfigError, match="no layers"):
         create("interlayer", {}, replace(plan(), layer_paths=()))
 
 
-def test_state_comes_back_through_json() -> None:
-    policy, other = build(share=0.7), build(share=0.7)
+def test_below_a_line_nothing_takes_turns() -> None:
+    policy = build(share=0.5, line={"policy": "static", "depth": 2})
     decision = policy.start()
-    for step in range(5):
-        decision = ask(policy, dict.fromkeys(training(decision), 1.0 / (step + 1)))
+    above = {path for path in LAYERS if path.startswith(("body.2.", "body.3."))}
+    for _ in range(4):
+        assert decision.depth == 2
+        assert decision.resting < above
+        assert len(decision.resting) == 2
+        decision, _ = policy.decide(replace(seen(None, depth=2), changes=dict.fromkeys(above - decision.resting, 1.0)))
+    assert set(policy.distances) == above
+
+
+def test_a_line_moves_when_its_own_policy_is_asked() -> None:
+    """Once an epoch (of ten steps), half of the stack at the end of the second."""
+    policy = build(share=0.5, line={"policy": "ramp", "start": 0.0, "level": 0.5})
+    depth, depths = policy.start().depth, []
+    for step in range(1, 21):
+        here = replace(seen(None, depth=depth, step=step, progress=step / 20), changes={})
+        depth = policy.decide(here)[0].depth
+        depths.append(depth)
+    assert depths == [0] * 9 + [1] * 10 + [2]
+
+
+def test_a_line_that_was_not_moved_is_where_it_is() -> None:
+    """The engine may refuse a move (max_depth_changes): what is above is seen from there."""
+    policy = build(share=0.5, line={"policy": "ramp", "start": 0.0, "level": 0.5})
+    assert policy.decide(replace(seen(None, step=10, progress=0.5), changes={}))[0].depth == 1
+    decision, _ = policy.decide(replace(seen(None, depth=0, step=11, progress=0.55), changes={}))
+    assert decision.depth == 0
+    assert len(decision.resting) == len(LAYERS) // 2
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ({"policy": "gradient-norm"}, "static"),
+        ({"depth": 2}, "static"),
+        ({"policy": "static"}, "either depth"),
+        ({"policy": "ramp", "strat": 0.5}, "start"),
+        ({"policy": "static", "depth": 4}, "0..3"),
+    ],
+)
+def test_a_line_that_cannot_be_is_refused(line: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        build(line=line)
+
+
+@pytest.mark.parametrize("line", [None, {"policy": "ramp", "start": 0.0, "level": 0.5}])
+def test_state_comes_back_through_json(line: dict[str, object] | None) -> None:
+    policy, other = build(share=0.7, line=line), build(share=0.7, line=line)
+    decision = policy.start()
+
+    def ask_at(which: Interlayer, step: int, change: float) -> Decision:
+        here = seen(None, depth=decision.depth, step=step, progress=step / 20)
+        return which.decide(replace(here, changes=dict.fromkeys(training(decision), change)))[0]
+
+    for step in range(1, 13):
+        decision = ask_at(policy, step, 1.0 / step)
+    assert (decision.depth > 0) == (line is not None)
     other.load_state_dict(json.loads(json.dumps(policy.state_dict())))
-    changes = dict.fromkeys(training(decision), 0.01)
-    assert ask(other, changes) == ask(policy, changes)
+    assert ask_at(other, 13, 0.01) == ask_at(policy, 13, 0.01)
+    assert other.state_dict() == policy.state_dict()

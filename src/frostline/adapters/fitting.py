@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +23,12 @@ from frostline.engine import plan_for
 from frostline.errors import ConfigError
 from frostline.freezer import Freezer
 from frostline.memory import MemoryOptions
-from frostline.memory.model import Bench, OptimizerCost, end_checkpointing, nbytes_of, optimizer_cost
-from frostline.memory.planner import MemoryPlan, candidates, plan_memory
-from frostline.policies.registry import create
+from frostline.memory.model import Bench, OptimizerCost, Way, end_checkpointing, nbytes_of, optimizer_cost
+from frostline.memory.planner import BudgetError, MemoryPlan, candidates, plan_memory
+from frostline.policies.base import Policy
+from frostline.policies.registry import create, validate
 from frostline.state import has_state, load_state
+from frostline.trace import first_tensor
 
 __all__ = ["Fitting"]
 
@@ -59,6 +63,11 @@ class Fitting:
         """The level of compression that the run has."""
         return self.plan.level if self.plan is not None else self._memory.level
 
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Options of the policy that the budget has chosen."""
+        return self.plan.policy if self.plan is not None else {}
+
     @contextmanager
     def run(self, resume_from: Path | None) -> Iterator[None]:
         """The Trainer's settings are as the run fits; resumed, as it fitted before.
@@ -72,15 +81,32 @@ class Fitting:
         batch = self._trainer.args.per_device_train_batch_size
         saved = load_state(resume_from)[0].get("memory") if resume_from is not None and has_state(resume_from) else None
         self.plan = MemoryPlan.from_numbers(saved) if saved else None
+        choices = self._choices()
+        if self.plan is not None and self.plan.policy in choices:
+            choices = [self.plan.policy]  # a run goes on under the options with which it began
+        else:
+            self.plan = None
         if self.plan is None or (self.plan.budget, self.plan.rows * self.plan.steps) != (self._memory.budget, batch):
             state = capture()
             try:
-                self.plan = _fit(self._trainer, self._memory, self._policy, self._options, self._blocks)
+                number, plan = _fit(
+                    self._trainer,
+                    self._memory,
+                    self._policy,
+                    [{**self._options, **one} for one in choices],
+                    self._blocks,
+                )
+                self.plan = replace(plan, policy=choices[number])
             finally:
                 restore(state)  # data that draw random numbers have drawn some
         logger.info("%s", self.plan)
         with _applied(self._trainer, self.plan):
             yield
+
+    def _choices(self) -> list[Mapping[str, Any]]:
+        """What the budget may change in the policy's options."""
+        pages = next(cast(nn.Module, self._trainer.model).parameters()).device.type != "cpu"
+        return list(validate(self._policy, self._options).choices(pages=pages))
 
 
 @contextmanager
@@ -115,47 +141,106 @@ def _applied(trainer: Trainer, plan: MemoryPlan) -> Iterator[None]:
 
 
 def _fit(
-    trainer: Trainer, memory: MemoryOptions, policy: str, options: Mapping[str, Any], blocks: str | None
-) -> MemoryPlan:
-    assert memory.budget is not None
+    trainer: Trainer, memory: MemoryOptions, policy: str, choices: Sequence[Mapping[str, Any]], blocks: str | None
+) -> tuple[int, MemoryPlan]:
+    """The first of several sets of options of a policy that can be made to fit (its number), and how."""
     model: Any = trainer.model
-    args = trainer.args
     stack = BlockStack.find(model, blocks)
-    frozen = None
-    resting = 0
-    if policy != "none":
-        chosen = create(policy, options, plan_for(stack, 1, 1, 1))
-        frozen, decision = Freezer(stack), chosen.start()
-        frozen.apply(decision)
-        if chosen.moments == "keep":
-            resting = nbytes_of(p for name, p in model.named_parameters() if name in decision.resting)
-    try:
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            ways = candidates("off", checkpoints=False)  # the model's own, which stays as it is
-        elif getattr(args, _checkpointing(args)):
-            ways = candidates("off", checkpoints=True)[1:]
-        else:
-            ways = candidates(memory.strongest, checkpoints=getattr(model, "supports_gradient_checkpointing", False))
-        return plan_memory(
-            # Not the Trainer's own context: in transformers 5 it is empty, and autocast comes with the wrapped model.
-            Bench(
-                stack,
-                _longest(trainer),
-                lambda inputs: cast(Tensor, trainer.compute_loss(model, dict(inputs))),
-                trainer.accelerator.autocast,
-            ),
-            ways,
-            _optimizer_cost(trainer, stack),
-            budget=memory.budget,
-            rows=args.per_device_train_batch_size,
-            resting=resting,
-            accumulates=args.gradient_accumulation_steps > 1,
-            splits=_may_split(trainer),
+    bench = Bench(
+        stack,
+        _longest(trainer),
+        # Not the Trainer's own context: in transformers 5 it is empty, and autocast comes with the wrapped model.
+        lambda inputs: cast(Tensor, trainer.compute_loss(model, dict(inputs))),
+        trainer.accelerator.autocast,
+    )
+    cost, sizes = _optimizer_cost(trainer, stack), None
+    failed: BudgetError | None = None
+    for number, options in enumerate(choices):
+        freezer = Freezer(stack)
+        try:
+            frozen = _Frozen(cost)
+            if policy != "none":
+                sizes = sizes or _sizes(bench, trainer.args.per_device_train_batch_size)
+                frozen = _freeze(freezer, create(policy, options, plan_for(stack, 1, 1, 1)), sizes, cost)
+            return number, plan_memory(
+                bench,
+                _ways(trainer, memory),
+                frozen.cost,
+                budget=cast(int, memory.budget),
+                rows=trainer.args.per_device_train_batch_size,
+                resting=frozen.resting,
+                held=frozen.held,
+                accumulates=trainer.args.gradient_accumulation_steps > 1,
+                splits=_may_split(trainer),
+            )
+        except BudgetError as error:
+            failed = error
+        finally:
+            freezer.release()
+            model.zero_grad(set_to_none=True)
+    assert failed is not None, "there is at least one choice"
+    raise failed
+
+
+class _Frozen(NamedTuple):
+    """What a policy's heaviest decision leaves to count: see :class:`~frostline.memory.model.MemoryModel`."""
+
+    cost: OptimizerCost
+    resting: int = 0
+    held: int = 0
+
+
+def _freeze(freezer: Freezer, policy: Policy[Any], sizes: Mapping[str, int], cost: OptimizerCost) -> _Frozen:
+    """Let the model be what ``policy`` makes of it where it takes most."""
+    stack = freezer.stack
+    trains = {name: parameter for name, parameter in stack.model.named_parameters() if parameter.requires_grad}
+    decision = policy.heaviest(sizes)
+    freezer.apply(decision)
+    below = stack.prefix_parameters(decision.depth)
+    resting = held = 0
+    if policy.moments == "keep":
+        resting = nbytes_of(p for name, p in trains.items() if not p.requires_grad and name not in below)
+    if "gradient_sum" in policy.needs:  # in fp32, of the blocks
+        held = sum(
+            4 * p.numel() for name, p in trains.items() if p.requires_grad and isinstance(stack.owners[name], int)
         )
-    finally:
-        if frozen is not None:
-            frozen.release()
-        model.zero_grad(set_to_none=True)
+    copies = 1 if "weight_change" in policy.needs else 0  # of what trains, for the length of the optimizer's step
+    return _Frozen(OptimizerCost(cost.state, cost.step + copies), resting, held)
+
+
+def _sizes(bench: Bench, rows: int) -> dict[str, int]:
+    """Bytes that each parameter takes when it trains: a gradient, moments, and the input that its module then keeps."""
+    inputs: dict[nn.Module, int] = {}
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = first_tensor(args, kwargs)
+        inputs[module] = given.numel() * given.element_size() if given is not None else 0
+
+    owners = {
+        f"{path}.{name}".lstrip("."): (module, parameter)
+        for path, module in bench.model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    few = min(2, rows)
+    with contextlib.ExitStack() as hooks:
+        for module in {module for module, _ in owners.values()}:
+            hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        with bench.ready(Way()), torch.no_grad():
+            bench.forward(Way(), bench.batch(few))
+    return {
+        name: nbytes_of([parameter]) + inputs.get(module, 0) * rows // few
+        for name, (module, parameter) in owners.items()
+    }
+
+
+def _ways(trainer: Trainer, memory: MemoryOptions) -> list[Way]:
+    """The ways in which a step may be run, the present one first."""
+    model: Any = trainer.model
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return candidates("off", checkpoints=False)  # the model's own, which stays as it is
+    if getattr(trainer.args, _checkpointing(trainer.args)):
+        return candidates("off", checkpoints=True)[1:]
+    return candidates(memory.strongest, checkpoints=getattr(model, "supports_gradient_checkpointing", False))
 
 
 def _checkpointing(args: TrainingArguments) -> str:

@@ -82,8 +82,7 @@ def attach(
         ConfigError: an unknown policy or option, a value out of range, or a second ``attach``.
         ModelError: a model or a wrapper that cannot be frozen by depth.
     """
-    validate(policy, options)
-    saving = memory_options(memory)
+    saving, open_option = memory_options(memory), validate(policy, options).undecided
     settings = {
         "policy": policy, "cache": cache_options(cache), "blocks": blocks, "max_depth_changes": max_depth_changes,
         **options,
@@ -98,7 +97,10 @@ def attach(
         raise ModelError("torch_compile=True: a compiled model is not compressed; drop it, or use memory='off'")
     if trainer.model is not None and policy != "none":
         # Say now, not an hour into the job, what cannot be frozen; the sizes do not matter for that.
-        create(policy, options, plan_for(BlockStack.find(trainer.model, blocks), 1, 1, 1))
+        decided = dict(options)
+        if open_option is not None and saving.budget is not None:
+            del decided[open_option]
+        create(policy, decided, plan_for(BlockStack.find(trainer.model, blocks), 1, 1, 1))
     frost._install()
     return frost
 
@@ -301,7 +303,7 @@ class Frost:
             events=self.log,
             scaler=getattr(trainer.accelerator, "scaler", None),
             memory=self._fitting.level,
-            **self._settings,
+            **{**self._settings, **self._fitting.options},
         )
         if self._fitting.plan is not None:
             self.engine.journal.write("memory", **self._fitting.plan.numbers())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from frostline.memory.aside import nothing_packed
-from frostline.memory.formats import ByRow
+from frostline.memory.formats import ByRow, rounded
 
 __all__ = ["FUNCTIONS", "CodeBook"]
 
@@ -30,11 +30,13 @@ FUNCTIONS = {
 # Beyond it every derivative above is 0 or 1 to fp32.
 _REACH = 24.0
 _GRID = 1 << 19
+# So fine that an input lands on the wrong side of a border only where both levels are as near as can be.
+_PLACES = 1 << 14
 
 
 class _Book(NamedTuple):
-    ends: Tensor  # where the nearest level changes, ascending
-    codes: Tensor  # the level between two ends, one more than ends
+    steps: float  # places of the table for an input larger by 1
+    codes: Tensor  # [_PLACES]: the nearest level of the inputs at each place; 0 stands in the middle
     inputs: Tensor  # [16]: an input whose derivative is the level
 
 
@@ -50,12 +52,14 @@ class CodeBook(ByRow):
 
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         book = _book(self.function, rows.device)
-        between = torch.bucketize(rows, book.ends, out_int32=True)
-        return book.codes.index_select(0, between.view(-1)).view_as(rows), None
+        middle = _PLACES // 2
+        # Further out the level is that of the last place. The mask keeps what is not a number inside of the table.
+        places = rounded(rows.mul(book.steps).clamp_(-middle, middle - 1), middle).bitwise_and_(_PLACES - 1)
+        return book.codes.index_select(0, places.view(-1)).view_as(rows), None
 
-    def decode(self, codes: Tensor, scales: Tensor | None) -> Tensor:
+    def decode(self, codes: Tensor, scales: Tensor | None, into: Tensor) -> None:
         book = _book(self.function, codes.device)
-        return book.inputs.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+        into.copy_(book.inputs.index_select(0, codes.reshape(-1).int()).view(codes.shape))
 
 
 @lru_cache(maxsize=32)
@@ -80,4 +84,7 @@ def _book(function: str, device: torch.device) -> _Book:
     inputs = at[above - 1] + share.clamp_(0, 1) * (at[above] - at[above - 1])
     inputs[0], inputs[-1] = at[0], at[-1]
     own = torch.cat((codes[:1], codes[changes + 1]))
-    return _Book(ends.float().to(device), own.to(torch.uint8).to(device), inputs.float().to(device))
+    steps = _PLACES / 2 / (1.1 * float(ends.abs().max()))
+    at_places = (torch.arange(_PLACES, dtype=torch.float64) - _PLACES // 2) / steps
+    table = own[torch.bucketize(at_places, ends)]
+    return _Book(steps, table.to(torch.uint8).to(device), inputs.float().to(device))

@@ -286,6 +286,7 @@ class MemoryModel:
         activations: in each way that was measured.
         optimizer: what it takes.
         resting: bytes of weights that rest and whose optimizer state is kept on the device.
+        held: bytes of whatever else is there from step to step (sums of gradients).
     """
 
     def __init__(
@@ -295,17 +296,22 @@ class MemoryModel:
         activations: Mapping[Way, Activations],
         optimizer: OptimizerCost,
         resting: int = 0,
+        held: int = 0,
     ) -> None:
-        self.weights, self.trains, self.resting = weights, list(trains), resting
+        self.weights, self.trains, self.resting, self.held = weights, list(trains), resting, held
         self.activations, self.optimizer = dict(activations), optimizer
 
     @classmethod
-    def measure(cls, bench: Bench, ways: Iterable[Way], optimizer: OptimizerCost, resting: int = 0) -> MemoryModel:
+    def measure(
+        cls, bench: Bench, ways: Iterable[Way], optimizer: OptimizerCost, resting: int = 0, held: int = 0
+    ) -> MemoryModel:
         """Measure each of ``ways`` on small batches."""
         stack = bench.stack
         owners: list[Owner] = ["stem", *range(len(stack)), "head"]
         trains = [nbytes_of(p for p in stack.parameters_of(owner).values() if p.requires_grad) for owner in owners]
-        found = cls(nbytes_of((*bench.model.parameters(), *bench.model.buffers())), trains, {}, optimizer, resting)
+        found = cls(
+            nbytes_of((*bench.model.parameters(), *bench.model.buffers())), trains, {}, optimizer, resting, held
+        )
         for way in ways:
             found.activations[way] = found.calibrated(bench, way)
         return found
@@ -323,7 +329,7 @@ class MemoryModel:
         passes = self._passes(self.activations[way], rows, depth, accumulates=accumulates)
         update = sum(trains) * (1 + self.optimizer.step)
         state = (sum(trains) + self.resting) * self.optimizer.state
-        return round(self.weights + state + max(passes, update))
+        return round(self.weights + state + self.held + max(passes, update))
 
     def calibrated(self, bench: Bench, way: Way, rows: int = PROBE_ROWS) -> Activations:
         """What ``way`` keeps and needs for a moment, measured on batches of ``rows`` samples and of half as many."""

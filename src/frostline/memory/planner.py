@@ -8,7 +8,7 @@ taken; of two that are as fast, the more exact one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,12 +16,16 @@ import torch
 from frostline.errors import ConfigError
 from frostline.memory.model import PROBE_ROWS, Bench, MemoryModel, OptimizerCost, Way
 
-__all__ = ["MemoryPlan", "candidates", "plan_memory"]
+__all__ = ["BudgetError", "MemoryPlan", "candidates", "plan_memory"]
 
 # From more to less exact.
 _LADDER = ("safe", "slimfit", "max")
 # A way must be this much faster than a more exact one.
 _TELLS_APART = 0.95
+
+
+class BudgetError(ConfigError):
+    """A budget that nothing meets."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class MemoryPlan:
         peak: bytes at the peak of a step.
         plain: bytes of the run as it was; ``None``: more than the device has.
         considered: every way that fits, with its numbers; none where the run fits as it is.
+        policy: options of the policy that the budget has chosen.
     """
 
     budget: int
@@ -56,6 +61,7 @@ class MemoryPlan:
     peak: int
     plain: int | None
     considered: tuple[Considered, ...] = ()
+    policy: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def changes(self) -> bool:
@@ -72,13 +78,15 @@ class MemoryPlan:
         return cls(**{**numbers, "considered": tuple(Considered(**one) for one in numbers["considered"])})
 
     def __str__(self) -> str:
+        chosen = "".join(f", {name}={value}" for name, value in self.policy.items())
         if not self.changes:
-            return f"{_readable(self.peak)} at the peak: within the budget of {_readable(self.budget)} as it is"
+            how = f"with {chosen[2:]}" if chosen else "as it is"
+            return f"{_readable(self.peak)} at the peak: within the budget of {_readable(self.budget)} {how}"
         way = Way(self.level, self.checkpointing)
         plain = _readable(self.plain) if self.plain is not None else "more than the device has"
         return (
             f"{plain} at the peak would exceed the budget of {_readable(self.budget)}: "
-            f"micro-batches of {self.rows} ({self.steps} a step), {way}: {_readable(self.peak)}"
+            f"micro-batches of {self.rows} ({self.steps} a step), {way}{chosen}: {_readable(self.peak)}"
         )
 
 
@@ -103,6 +111,7 @@ def plan_memory(
     budget: int,
     rows: int,
     resting: int = 0,
+    held: int = 0,
     accumulates: bool = False,
     splits: bool = True,
 ) -> MemoryPlan:
@@ -115,13 +124,14 @@ def plan_memory(
         budget: bytes for weights, optimizer's state, gradients and activations together.
         rows: samples in a micro-batch as the run has it.
         resting: bytes of weights that rest and whose optimizer state is kept on the device.
+        held: bytes of whatever else is there from step to step (sums of gradients).
         accumulates: whether the run accumulates gradients over micro-batches already.
         splits: whether smaller micro-batches are the same training (batch normalisation makes it another).
 
     Raises:
-        ConfigError: nothing fits; the message says what the least is.
+        BudgetError: nothing fits; the message says what the least is.
     """
-    model = MemoryModel.measure(bench, (), optimizer, resting)
+    model = MemoryModel.measure(bench, (), optimizer, resting, held)
 
     def peak(way: Way, size: int) -> float:
         if way not in model.activations and not _measured(bench, model, way, min(PROBE_ROWS, rows)):
@@ -151,7 +161,7 @@ def plan_memory(
             round(before) if before < float("inf") else None, tuple(found),
         )  # fmt: skip
     least = min(peak(way, sizes[-1]) for way in ways)
-    raise ConfigError(
+    raise BudgetError(
         f"memory.budget={_readable(budget)} cannot be met: a step takes at least {_readable(least)}, in micro-batches "
         f"of {sizes[-1]} ({_readable(model.weights)} of it weights); choose a larger budget, a stronger level, or a "
         "policy that freezes more"

@@ -7,7 +7,7 @@ Because both are plain numbers, a recorded run can be replayed through any polic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -51,6 +51,7 @@ class Plan:
     ``block_paths`` are the dotted paths of the blocks, ``stem_paths`` and ``head_paths`` those of the
     modules outside them that own parameters. ``layer_paths`` are those of the parameters that a policy may
     let rest one by one (weights of any kind), ``bias_paths`` those of biases; both in the whole model.
+    ``layer_depths`` says of each of ``layer_paths`` from which depth on it is frozen (0: never, it is in the head).
     ``samples_per_step`` counts all ranks and micro-batches.
     """
 
@@ -62,6 +63,7 @@ class Plan:
     epochs: float
     layer_paths: tuple[str, ...] = ()
     bias_paths: tuple[str, ...] = ()
+    layer_depths: tuple[int, ...] = ()
 
     @property
     def blocks(self) -> int:
@@ -77,7 +79,7 @@ class Plan:
 
     @classmethod
     def from_numbers(cls, numbers: Mapping[str, Any]) -> Plan:
-        values: dict[str, Any] = {k: tuple(v) if k.endswith("_paths") else v for k, v in numbers.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in numbers.items()}
         return cls(**values)
 
 
@@ -122,11 +124,28 @@ class Cadence:
     every: float
     unit: Literal["samples", "steps"] = "samples"
 
+    def times(self, *, step: int, samples: int) -> int:
+        """How many times a policy is to have been asked after this step."""
+        return int(((samples if self.unit == "samples" else step) + 1e-6) / self.every)
+
 
 class PolicyOptions(BaseModel):
     """Options of a policy: unknown names and values out of range are errors that list the valid ones."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @property
+    def undecided(self) -> str | None:
+        """The option that is left to a memory budget to choose, if there is one."""
+        return None
+
+    def choices(self, *, pages: bool) -> Sequence[dict[str, Any]]:
+        """What a memory budget may change in these options, what changes the training least first.
+
+        Args:
+            pages: whether there is a host's memory beside the device's, to which something could be moved.
+        """
+        return ({},)
 
 
 OptionsT = TypeVar("OptionsT", bound=PolicyOptions)
@@ -191,6 +210,14 @@ class Policy(Generic[OptionsT]):
     def start(self) -> Decision:
         """The decision that holds from the first step."""
         return Decision()
+
+    def heaviest(self, sizes: Mapping[str, int]) -> Decision:
+        """The decision that takes the most memory of all that may come.
+
+        Args:
+            sizes: bytes that each of ``plan.layer_paths`` takes when it trains, beyond what it takes when it rests.
+        """
+        return self.start()
 
     def decide(self, seen: Observation) -> tuple[Decision, Explained]:
         """Take the numbers of one interval and say what to freeze, and why."""

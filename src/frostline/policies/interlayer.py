@@ -8,37 +8,90 @@ in seeded random order.
 
 Other than in the released code the distance is a ratio of norms (zeros divide nothing), an update that was skipped is
 no update, and the head is not scheduled unless asked for.
+
+Beyond the paper, a frost line may rise below the layers that take turns (``line``): the blocks under it are frozen,
+cost no backward pass and may be cached, and the share that rests is one of the layers above it. Only schedules can set
+that line: ``gradient-norm`` compares the gradients of all blocks, and a layer at rest has none.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import ValidationError, field_validator
 
-from frostline.errors import ConfigError
+from frostline.errors import ConfigError, choices_message, validation_message
 from frostline.policies.base import Cadence, Decision, Explained, Moments, Observation, Plan, Policy, PolicyOptions
+from frostline.policies.ramp import Ramp
+from frostline.policies.static import Static
 
 __all__ = ["Interlayer", "InterlayerOptions"]
+
+# What ``auto`` chooses from.
+_SHARES = (0.5, 0.75, 0.9, 0.95)
+_LINES: dict[str, type[Policy[Any]]] = {policy.name: policy for policy in (Static, Ramp)}
 
 
 class InterlayerOptions(PolicyOptions):
     """``share`` (F) of the layers rests at each step; ``biases`` and ``head`` always train unless switched off.
 
+    With a memory budget ``share`` may be ``auto``: as few layers rest as the budget allows.
     ``moments``: optimizer moments of resting layers are kept (as published), dropped, or paged to the host's memory.
+    ``line``: a frost line below them, as ``{policy: static, depth: 2}`` or ``{policy: ramp, start: 0.3}``.
     """
 
-    share: float = Field(default=0.9, ge=0.0, lt=1.0)
+    share: float | Literal["auto"] = 0.9
     biases: bool = True
     head: bool = True
     moments: Moments = "keep"
     seed: int = 0
+    line: dict[str, Any] | None = None
+
+    @property
+    def undecided(self) -> str | None:
+        return "share" if self.share == "auto" else None
+
+    def choices(self, *, pages: bool) -> Sequence[dict[str, Any]]:
+        shares: Sequence[dict[str, Any]] = [{"share": share} for share in _SHARES] if self.undecided else [{}]
+        # Paged moments are the same training; who said what is to become of them is obeyed.
+        homes: Sequence[dict[str, Any]] = ({},)
+        if pages and "moments" not in self.model_fields_set:
+            homes = ({}, {"moments": "host"})
+        return [{**share, **home} for share in shares for home in homes]
+
+    @field_validator("share", mode="plain")
+    @classmethod
+    def _is_a_share(cls, value: Any) -> float | Literal["auto"]:
+        if value == "auto":
+            return "auto"
+        try:
+            share = float(value)
+        except (TypeError, ValueError):
+            share = math.nan
+        if not 0.0 <= share < 1.0:
+            raise ValueError("must be a number from 0 up to, but not, 1; or 'auto' with a memory budget")
+        return share
+
+    @field_validator("line")
+    @classmethod
+    def _is_a_schedule(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            name, options = _name_and_options(value)
+            if name not in _LINES:
+                raise ValueError(choices_message("policy of a line", name, _LINES))
+            kind = _LINES[name].Options
+            try:
+                kind(**options)
+            except ValidationError as error:
+                raise ValueError(validation_message(error, f"policy {name!r}", kind.model_fields)) from None
+        return value
 
 
 class Interlayer(Policy[InterlayerOptions]):
-    """Rests the layers that move least, chosen anew at every step; the frost line itself stays at 0."""
+    """Rests the layers that move least, chosen anew at every step; the frost line is at 0, or where ``line`` has it."""
 
     name = "interlayer"
     summary = "SlimFit: at each step the layers that move least rest"
@@ -48,6 +101,8 @@ class Interlayer(Policy[InterlayerOptions]):
 
     def __init__(self, options: InterlayerOptions, plan: Plan) -> None:
         super().__init__(options, plan)
+        assert options.share != "auto", "the registry sees to that"
+        self.share = options.share
         head = tuple(f"{path}." for path in plan.head_paths)
         self.layers = [path for path in plan.layer_paths if not (options.head and path.startswith(head))]
         if not self.layers:
@@ -56,39 +111,70 @@ class Interlayer(Policy[InterlayerOptions]):
         self._order = {path: place for place, path in enumerate(shuffled)}
         self.distances: dict[str, float] = {}
         self._active: list[str] = []
+        self._line: Policy[Any] | None = None
+        self._asked = self._depth = 0
+        if options.line is not None:
+            name, given = _name_and_options(options.line)
+            self._line = _LINES[name](_LINES[name].Options(**given), plan)
 
     def cadence(self) -> Cadence:
         return Cadence(1, "steps")
 
     def start(self) -> Decision:
-        return self._next()
+        return self._next(self._line.start().depth if self._line is not None else 0)
 
     def decide(self, seen: Observation) -> tuple[Decision, Explained]:
         if seen.changes is not None:
-            for path in self._active:
+            # Where the engine did not move the line, others trained than were chosen for it.
+            trained = self._active if seen.depth == self._depth else [p for p in self.layers if p in seen.changes]
+            for path in trained:
                 # A layer that is not used (an expert without tokens) counts as visited, and keeps what it had.
                 self.distances[path] = seen.changes.get(path, self.distances.get(path, 0.0))
-        decision = self._next()
+        decision = self._next(self._depth_after(seen))
+        above = self._above()
         return decision, Explained(
-            f"{len(self.layers) - self._resting} of {len(self.layers)} layers train; "
-            f"{len(self.layers) - len(self.distances)} were never trained"
+            f"{len(self._active)} of {len(above)} layers train; "
+            f"{sum(path not in self.distances for path in above)} were never trained"
         )
+
+    def heaviest(self, sizes: Mapping[str, int]) -> Decision:
+        """Those layers train that take most; the lowest too, down to which the others have to keep what they need."""
+        distances, self.distances = self.distances, {path: float(sizes[path]) for path in self.layers}
+        if not self.options.biases:
+            self._next(self._line.start().depth if self._line is not None else 0)
+            self.distances[self._above()[0]] = math.inf
+        decision = self.start()
+        self.distances = distances
+        return decision
 
     @property
     def moments(self) -> Moments:
         return self.options.moments
 
-    @property
-    def _resting(self) -> int:
-        return int(self.options.share * len(self.layers))
+    def _depth_after(self, seen: Observation) -> int:
+        """Where the line is to be, if it is time to ask; else where it is."""
+        every = self._line.cadence() if self._line is not None else None
+        times = every.times(step=seen.step, samples=seen.samples) if every is not None else 0
+        if self._line is None or times <= self._asked:
+            return seen.depth
+        self._asked = times
+        return self._line.decide(seen)[0].depth
 
-    def _next(self) -> Decision:
-        ranked = sorted(self.layers, key=self._rank)
-        resting = set(ranked[: self._resting])
-        self._active = ranked[self._resting :]
+    def _next(self, depth: int) -> Decision:
+        self._depth = depth
+        ranked = sorted(self._above(), key=self._rank)
+        count = int(self.share * len(ranked))
+        resting, self._active = set(ranked[:count]), ranked[count:]
         if not self.options.biases:
             resting.update(self._biases(resting))
-        return Decision(0, frozenset(resting))
+        return Decision(depth, frozenset(resting))
+
+    def _above(self) -> list[str]:
+        """The layers above the frost line."""
+        if not self._depth:
+            return self.layers
+        depths = dict(zip(self.plan.layer_paths, self.plan.layer_depths, strict=True))
+        return [path for path in self.layers if not 0 < depths[path] <= self._depth]
 
     def _rank(self, path: str) -> tuple[bool, float, int]:
         """What moved least comes first, what was never trained last; the seeded order settles ties."""
@@ -100,8 +186,13 @@ class Interlayer(Policy[InterlayerOptions]):
         return {path for path in self.plan.bias_paths if path.rpartition(".")[0] in owners}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"distances": dict(self.distances)}
+        return {"distances": dict(self.distances), "asked": self._asked, "depth": self._depth}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.distances = {str(path): float(distance) for path, distance in state["distances"].items()}
-        self._next()
+        self._asked = int(state["asked"])
+        self._next(int(state["depth"]))
+
+
+def _name_and_options(line: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    return str(line.get("policy")), {key: value for key, value in line.items() if key != "policy"}

@@ -8,7 +8,7 @@ an unseeded generator on each rank).
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import Field
@@ -52,16 +52,23 @@ class RandomBlocks(Policy[RandomBlocksOptions]):
         decision, chosen = self._draw()
         return decision, Explained(f"draw {self.draws}: blocks {', '.join(map(str, chosen))} train")
 
+    def heaviest(self, sizes: Mapping[str, int]) -> Decision:
+        """The lowest blocks train: all above keep what the way down to them needs."""
+        return self._training(range(self.options.active))
+
     def _draw(self) -> tuple[Decision, list[int]]:
         self.draws += 1
         generator = random.Random(f"{self.options.seed}:{self.draws}")
         chosen = sorted(generator.sample(range(self.plan.blocks), self.options.active))
+        return self._training(chosen), chosen
+
+    def _training(self, chosen: Collection[int]) -> Decision:
         resting = {path for i, path in enumerate(self.plan.block_paths) if i not in chosen}
         if not self.options.stem:
             resting.update(self.plan.stem_paths)
         if not self.options.head:
             resting.update(self.plan.head_paths)
-        return Decision(0, frozenset(resting)), chosen
+        return Decision(0, frozenset(resting))
 
     def state_dict(self) -> dict[str, Any]:
         return {"draws": self.draws}

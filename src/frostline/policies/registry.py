@@ -67,6 +67,11 @@ def validate(name: str, options: Mapping[str, Any]) -> PolicyOptions:
 
 
 def create(name: str, options: Mapping[str, Any], plan: Plan) -> Policy[Any]:
-    """Build a policy for a run; unknown names and bad options are :class:`ConfigError`."""
+    """Build a policy for a run; unknown names, bad options and ones left open are :class:`ConfigError`."""
     checked = validate(name, options)
+    if checked.undecided is not None:
+        raise ConfigError(
+            f"policy {name!r}, {checked.undecided}='auto': that is for a memory budget to choose; set "
+            f"{checked.undecided} itself, or memory.budget under a Trainer"
+        )
     return available()[name](checked, plan)

@@ -143,6 +143,11 @@ class Recipe(_Section):
     def _settings_agree(self) -> Recipe:
         if self.resume and self.overwrite:
             raise ValueError("resume=true and overwrite=true exclude each other: choose one")
+        left_open = validate(self.freeze.policy, self.freeze.options).undecided
+        if left_open is not None and self.memory.budget is None:
+            raise ValueError(
+                f"freeze.{left_open}=auto is for a memory budget to choose: set memory.budget, or {left_open} itself"
+            )
         clash = sorted({"warmup_steps", "lr_scheduler_kwargs"} & self.training.keys())
         if self.training["lr_scheduler_type"] != "linear":
             clash.append("lr_scheduler_type")

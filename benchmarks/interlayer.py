@@ -1,0 +1,174 @@
+"""Accuracy of SlimFit's way (policy ``interlayer``, compression ``slimfit``) against full fine-tuning, on real data.
+
+    python benchmarks/interlayer.py --tasks trec    # one task: at most 40 minutes on two cores
+    python benchmarks/interlayer.py                 # all that results/interlayer.json has not yet
+
+Each side has a learning rate of its own, tuned alike: the one with the best validation accuracy (then the least
+validation loss) among three, by a seed that is not compared; where the best is the highest or the lowest, the next one
+is tried as well, twice at most. Then both sides run from the same initial weights for each seed, two runs at a time
+with a thread each: accuracy is the figure here, not time. The loss (full minus ours, in points) is compared item by
+item on the test split, as accuracy.py does, and pooled with every task counting alike. A run that was cut off goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+if not __package__:  # run as a script: its siblings are found from the root of the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.abreast import abreast  # noqa: E402
+from benchmarks.accuracy import SIDES, accuracy_loss, interval, losses, one_run, paired, resampled  # noqa: E402
+from benchmarks.reports import RESULTS, made_by, write  # noqa: E402
+
+# Of which size a task is, so that all its runs end within 40 minutes.
+TASKS: dict[str, list[str]] = {
+    "trec": ["training.num_train_epochs=3"],
+    "movie": ["data.train_limit=4000"],
+    "20newsgroups": ["data.train_limit=1500", "data.test_limit=1000", "max_length=64", "training.num_train_epochs=4"],
+    "fashion-mnist": ["data.train_limit=1000", "data.test_limit=1000"],
+    "fashion-mnist-cnn": ["data.train_limit=3000"],
+}
+RATES = {
+    "trec": (5e-5, 1e-4, 2e-4),
+    "movie": (2.5e-5, 5e-5, 1e-4),
+    "20newsgroups": (1e-4, 2e-4, 4e-4),
+    "fashion-mnist": (3e-5, 6e-5, 1.2e-4),
+    "fashion-mnist-cnn": (5e-4, 1e-3, 2e-3),
+}
+CHANGES = {
+    "full": ["freeze={policy: none}"],
+    "ours": ["freeze={policy: interlayer, share: 0.9}", "memory.level=slimfit"],
+}
+BOTH = ["cache.mode=off", "schedule=null"]
+TUNING_SEED = 100
+MOST_BEYOND = 2
+TARGET = 0.5
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0..N-1 (default 3)")
+    parser.add_argument("--at-once", type=int, default=2, help="runs at a time, a thread each (default 2)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "interlayer.json", help="results file")
+    options = parser.parse_args(arguments)
+    report = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"tasks": {}}
+    for name in options.tasks:
+        found = _begun(report["tasks"].get(name), name)
+        report["tasks"][name] = found
+
+        def save() -> None:
+            report["pooled"] = pooled(report["tasks"], options.seeds)
+            write(report, options.out)
+
+        tune(found, name, options.at_once, save)
+        measure(found, name, options.seeds, options.at_once, save)
+        print(name, json.dumps({"rates": found["rates"], **found["comparison"]}))
+    print(json.dumps(report["pooled"]))
+    return 0
+
+
+def _begun(earlier: dict[str, Any] | None, name: str) -> dict[str, Any]:
+    """What there is of a task, if it was made as it would be now."""
+    settings = {
+        "overrides": [*TASKS[name], *BOTH],
+        "changes": CHANGES,
+        "rates": list(RATES[name]),
+        "tuning": [TUNING_SEED, MOST_BEYOND],
+    }
+    if earlier is not None and earlier["settings"] == settings:
+        return earlier
+    return {"settings": settings, **made_by("interlayer.py", TUNING_SEED, "cpu"), "tuning": [], "runs": []}
+
+
+def _run(name: str, side: str, rate: float, seed: int) -> dict[str, Any]:
+    changes = [*TASKS[name], *BOTH, *CHANGES[side], f"training.learning_rate={rate}"]
+    return one_run(name, changes, seed, 1)
+
+
+def tune(found: dict[str, Any], name: str, at_once: int, save: Any) -> None:
+    """The learning rate of each side: into ``found["rates"]``, what was tried into ``found["tuning"]``."""
+
+    def done(key: tuple[str, float], run: dict[str, Any]) -> None:
+        found["tuning"].append({"side": key[0], "rate": key[1], "validation": run["validation"]})
+        save()
+
+    while missing := {
+        (side, rate): (name, side, rate, TUNING_SEED)
+        for side in SIDES
+        for rate in _wanted([t for t in found["tuning"] if t["side"] == side], RATES[name])
+    }:
+        abreast(_run, missing, done, at_once=at_once)
+    found["rates"] = {side: _best([t for t in found["tuning"] if t["side"] == side]) for side in SIDES}
+    # Whether a higher or lower rate might have done better still.
+    found["at_the_end"] = {
+        side: found["rates"][side] in (min(tried), max(tried))
+        for side in SIDES
+        for tried in ([t["rate"] for t in found["tuning"] if t["side"] == side],)
+    }
+
+
+def _wanted(tried: list[dict[str, Any]], rates: tuple[float, ...]) -> list[float]:
+    """Rates that are still to be tried: those of the grid, then one beyond the end at which the best lies."""
+    known = sorted(t["rate"] for t in tried)
+    if missing := [rate for rate in rates if rate not in known]:
+        return missing
+    best = _best(tried)
+    if len(known) >= len(rates) + MOST_BEYOND or best not in (known[0], known[-1]):
+        return []
+    return [best * 2 if best == known[-1] else best / 2]
+
+
+def _best(tried: list[dict[str, Any]]) -> float:
+    best = max(tried, key=lambda t: (t["validation"]["accuracy"], -t["validation"]["loss"]))
+    return float(best["rate"])
+
+
+def measure(found: dict[str, Any], name: str, seeds: int, at_once: int, save: Any) -> None:
+    """Both sides at their rates, for every seed that is not there yet."""
+
+    def done(key: tuple[str, int], run: dict[str, Any]) -> None:
+        found["runs"].append({"side": key[0], **run})
+        found["comparison"] = accuracy_loss(found["runs"]) if paired(found["runs"])[0] else {}
+        save()
+
+    known = {(run["side"], run["seed"]) for run in found["runs"]}
+    jobs = {
+        (side, seed): (name, side, found["rates"][side], seed)
+        for seed in range(seeds)
+        for side in SIDES
+        if (side, seed) not in known
+    }
+    abreast(_run, jobs, done, at_once=at_once)
+
+
+def pooled(tasks: dict[str, Any], seeds: int) -> dict[str, Any]:
+    """The loss over all tasks that have runs of both sides, each counting alike; judged once none is missing."""
+    found = {name: losses(task["runs"]) for name, task in tasks.items() if paired(task["runs"])[0]}
+    if not found:
+        return {}
+    # All are resampled from the same seed: shuffled, so that the tasks' draws do not move together.
+    draws = [np.random.default_rng(i).permutation(resampled(loss)) for i, loss in enumerate(found.values())]
+    low, high = interval(np.mean(draws, axis=0))
+    return {
+        "tasks": list(found),
+        "mean": float(np.mean([loss.mean() for loss in found.values()])),
+        "interval_95": [low, high],
+        "target": TARGET,
+        "met": high <= TARGET
+        if found.keys() == TASKS.keys() and all(len(x) >= seeds for x in found.values())
+        else None,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

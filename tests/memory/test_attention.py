@@ -1,0 +1,49 @@
+"""Attention that is computed again: its derivative, by finite differences, in every way in which it is called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from frostline.memory.attention import recomputed_attention
+
+HEADS, LENGTH, WIDTH = 2, 5, 4
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, HEADS, LENGTH, WIDTH, dtype=torch.float64, generator=generator).requires_grad_()
+        for _ in range(3)
+    )
+    return query, key, value
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"scale": 0.3},
+        {"attn_mask": torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()},
+        {"attn_mask": torch.linspace(-1, 1, LENGTH, dtype=torch.float64).expand(LENGTH, LENGTH)},
+        {"dropout_p": 0.3},
+        {"dropout_p": 0.3, "is_causal": True},
+    ],
+    ids=["plain", "causal", "scaled", "mask", "bias", "dropout", "dropout-causal"],
+)
+def test_its_gradients_are_those_of_finite_differences(options: dict[str, Any]) -> None:
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        torch.manual_seed(1)  # the same dropout at each of the many evaluations
+        return recomputed_attention(query, key, value, **options)
+
+    assert torch.autograd.gradcheck(run, inputs())
+
+
+@pytest.mark.parametrize("trains", [(True, False, False), (False, True, False), (False, False, True)])
+def test_so_are_they_where_only_some_inputs_train(trains: tuple[bool, ...]) -> None:
+    given = [tensor.detach().requires_grad_(train) for tensor, train in zip(inputs(), trains, strict=True)]
+    assert torch.autograd.gradcheck(recomputed_attention, given)
