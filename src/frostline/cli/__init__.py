@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from frostline import __version__
-from frostline.cli import cache, compare, fetch, inspect, recipes, replay, report, run
+from frostline.cli import cache, compare, fetch, inspect, recipes, replay, report, run, simulate
 from frostline.errors import FrostlineError
 
 __all__ = ["app", "main"]
@@ -68,6 +68,7 @@ report.register(app)
 compare.register(app)
 replay.register(app)
 cache.register(app)
+simulate.register(app)
 
 
 def main() -> None:

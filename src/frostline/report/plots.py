@@ -24,7 +24,16 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from frostline.events import PHASES
 from frostline.report.run import Run, as_number, results
 
-__all__ = ["Plot", "decision_plot", "evaluation_plot", "loss_plot", "step_plot", "time_plot", "trajectory_plot"]
+__all__ = [
+    "Plot",
+    "decision_plot",
+    "draw_plot",
+    "evaluation_plot",
+    "loss_plot",
+    "step_plot",
+    "time_plot",
+    "trajectory_plot",
+]
 
 # Reserved colours -> CSS variables of templates/report.html.j2.
 _THEME = {
@@ -84,7 +93,7 @@ class Plot:
 Draw = Callable[[Figure, bool], None]
 
 
-def _plot(name: str, alt: str, height: float, draw: Draw) -> Plot:
+def draw_plot(name: str, alt: str, height: float, draw: Draw) -> Plot:
     """Draw at both widths; ``height`` is in inches, ``draw`` is told whether the figure is narrow."""
     drawn = {}
     for size, width in _WIDTH.items():
@@ -147,7 +156,7 @@ def trajectory_plot(run: Run) -> Plot:
         _samples_axis(axes, run, narrow)
 
     alt = f"Depth over samples seen: {', '.join(f'{p.depth} from sample {p.samples:,}' for p in points)}."
-    return _plot("trajectory", alt, 2.8, draw)
+    return draw_plot("trajectory", alt, 2.8, draw)
 
 
 def decision_cells(run: Run) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -237,7 +246,7 @@ def decision_plot(run: Run) -> Plot | None:
     what = "relative change of each block against the threshold" if relative else "score of each block"
     alt = f"Heat map over {len(run.decisions)} decisions and {run.blocks} blocks: {what}; block 0 is nearest the input"
     alt += "; hatched cells rest." if resting else "."
-    return _plot("decisions", alt, 2.2 + min(run.blocks, 48) * 0.11, draw)
+    return draw_plot("decisions", alt, 2.2 + min(run.blocks, 48) * 0.11, draw)
 
 
 def _sides(run: Run) -> list[tuple[str, Run, str]]:
@@ -274,7 +283,7 @@ def _lines(
         f"{label} from {points[0][1]:.4g} at sample {points[0][0]:,} to {points[-1][1]:.4g} at sample {points[-1][0]:,}"
         for label, points, _ in series
     )
-    return _plot(name, f"{unit.capitalize()} over samples seen: {said}.", 2.6, draw)
+    return draw_plot(name, f"{unit.capitalize()} over samples seen: {said}.", 2.6, draw)
 
 
 def loss_plot(run: Run) -> Plot | None:
@@ -320,7 +329,7 @@ def time_plot(run: Run) -> Plot:
         f"{label}: {', '.join(f'{phase} {side.seconds.get(phase, 0.0):.1f} s' for phase in PHASES)}"
         for label, side, _ in sides
     )
-    return _plot("time", f"Time split. {said}.", 1.6 + 0.45 * len(sides), draw)
+    return draw_plot("time", f"Time split. {said}.", 1.6 + 0.45 * len(sides), draw)
 
 
 def step_plot(run: Run) -> Plot | None:
@@ -351,7 +360,7 @@ def step_plot(run: Run) -> Plot | None:
         figure.legend(loc="outside upper left", ncols=1 if narrow else len(series))
 
     said = "; ".join(f"{label} from {1000 * p[0][1]:.1f} to {1000 * p[-1][1]:.1f} ms" for label, _, _, p in series)
-    return _plot("steps", f"Step time of each interval over samples seen: {said}.", 2.9, draw)
+    return draw_plot("steps", f"Step time of each interval over samples seen: {said}.", 2.9, draw)
 
 
 def interval_values(run: Run, field: str) -> list[tuple[int, float]]:
