@@ -122,6 +122,11 @@ class Cadence:
     every: float
     unit: Literal["samples", "steps"] = "samples"
 
+    @property
+    def restless(self) -> bool:
+        """Whether the policy is asked after every optimizer step."""
+        return self.unit == "steps" and self.every <= 1
+
 
 class PolicyOptions(BaseModel):
     """Options of a policy: unknown names and values out of range are errors that list the valid ones."""
