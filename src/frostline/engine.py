@@ -17,7 +17,7 @@ from torch import nn
 from frostline.blocks import BlockStack
 from frostline.cache import CacheManager, CacheOptions, CacheSetting, cache_options, watched
 from frostline.clock import Clock
-from frostline.distributed import UNEVEN, Agreement, Upkeep
+from frostline.distributed import NOT_CACHED_SPLIT, NOT_COMPRESSED_SPLIT, UNEVEN, Agreement, Upkeep, is_split
 from frostline.errors import ConfigError, ModelError, ResumeError
 from frostline.events import EventLog
 from frostline.freezer import Freezer
@@ -115,6 +115,9 @@ class Frostline:
         self._blocks_path = blocks
         self._model_class = type(model).__name__
         self._active = policy != "none"
+        split = is_split(model)
+        if split and level != "off":
+            raise ModelError(NOT_COMPRESSED_SPLIT)
         self._statistics: Measurements | None = None
         self._parting: dict[str, Any] = {}
         self.cache: CacheManager | None = None
@@ -156,8 +159,9 @@ class Frostline:
         self._measure()
         self.cache = self._make_cache(caching, model if compiled else None)
         self._first_forward: torch.utils.hooks.RemovableHandle | None = None
-        if not self.stack.traced and compiled and not hasattr(model, "_orig_mod"):
-            self.limit("order", "compiled in place, a model hides its inputs: registration order tells its stem")
+        if not self.stack.traced and (split or (compiled and not hasattr(model, "_orig_mod"))):
+            how = "split over ranks" if split else "compiled in place"
+            self.limit("order", f"{how}, a model hides its inputs: registration order tells its stem")
         elif not self.stack.traced:
             # On the wrapper of torch.compile, where there is one: inside of it the look itself would be compiled.
             watched = model if compiled else self.stack.model
@@ -384,6 +388,9 @@ class Frostline:
 
     def _make_cache(self, options: CacheOptions, compiled: nn.Module | None) -> CacheManager | None:
         if options.mode == "off":
+            return None
+        if is_split(self.stack.model):
+            self.limit("cache-split", NOT_CACHED_SPLIT)
             return None
         if compiled is not None and getattr(compiled, "_orig_mod", None) is not self.stack.model:
             self.limit("cache-compiled", NOT_CACHED_COMPILED)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from frostline.blocks import BlockStack
-from frostline.distributed import Upkeep
+from frostline.distributed import Upkeep, put_back
 from frostline.errors import ConfigError, choices_message
 from frostline.policies.base import Decision, Moments
 from frostline.trace import first_tensor, replace_tensor
@@ -61,6 +61,7 @@ class Freezer:
             ConfigError: a depth outside ``0..N-1``, a resting name that is no module, or nothing left to train.
         """
         self._check(decision)
+        put_back(self.stack.model)
         prefix = self.stack.prefix_parameters(decision.depth)
         resting = self._resting_parameters(decision.resting)
         quiet = set(prefix) | resting
@@ -90,6 +91,7 @@ class Freezer:
 
     def release(self) -> None:
         """Thaw everything and take away every hook and pin: the model is an ordinary one again."""
+        put_back(self.stack.model)
         for name, parameter in self.stack.model.named_parameters():
             parameter.requires_grad_(name in self._trainable)
             if self.moments == "host":

@@ -1,6 +1,16 @@
 """Training on several ranks: what a data-parallel wrapper sends, and how the ranks agree."""
 
 from frostline.distributed.agreement import Agreement
+from frostline.distributed.shards import NOT_CACHED_SPLIT, NOT_COMPRESSED_SPLIT, is_split, put_back
 from frostline.distributed.upkeep import RESTLESS, UNEVEN, Upkeep
 
-__all__ = ["RESTLESS", "UNEVEN", "Agreement", "Upkeep"]
+__all__ = [
+    "NOT_CACHED_SPLIT",
+    "NOT_COMPRESSED_SPLIT",
+    "RESTLESS",
+    "UNEVEN",
+    "Agreement",
+    "Upkeep",
+    "is_split",
+    "put_back",
+]
