@@ -35,6 +35,7 @@ def test_it_is_the_training_of_ddp(name: str, ranks: list[dict[str, Any]]) -> No
 def test_stem_and_head_are_told_apart(ranks: list[dict[str, Any]]) -> None:
     """What a pass computes with are copies; they stand for the parameters."""
     assert ranks[0]["walk"]["traced"]
+    assert ranks[0]["walk"]["owners"]["classifier.weight"] == "head"
     assert ranks[0]["walk"]["owners"] == ranks[0]["walk-ddp"]["owners"]
 
 
