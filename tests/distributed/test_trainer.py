@@ -37,6 +37,15 @@ def test_frozen_from_the_start(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["initial"]["steps"][0]["sent"] < ranks[0]["explicit"]["steps"][0]["sent"]
 
 
+def test_resume(ranks: list[dict[str, Any]]) -> None:
+    """The wrapper is built of a model that is not frozen yet; the frozen set comes with the state."""
+    for rank in ranks:
+        whole, resumed = rank["saved"], rank["resumed"]
+        assert resumed["steps"] == whole["steps"][8:]
+        assert resumed["steps"][0]["sent"] < whole["steps"][0]["sent"], "nothing was frozen: the test shows nothing"
+        assert resumed["weights"] == whole["weights"]
+
+
 def test_records_are_read(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["cached"]["read"] > 0

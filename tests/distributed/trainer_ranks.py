@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulating": {"ddp_find_unused_parameters": False, "accumulate": 2},
     "cached": {"ddp_find_unused_parameters": False, "frost": {**RAMP, "cache": "memory"}},
     "initial": {"ddp_find_unused_parameters": False, "frost": {"policy": "static", "depth": 2}},
+    "saved": {"ddp_find_unused_parameters": False, "save_strategy": "steps", "save_steps": 8},
 }
 
 
@@ -50,7 +51,9 @@ class Count(transformers.TrainerCallback):
         assert self.trainer.model_wrapped is self.wrapper, "the Trainer's wrapper is another one"
 
 
-def _train(folder: Path, *, frost: dict[str, Any] = RAMP, accumulate: int = 1, **changes: Any) -> dict[str, Any]:
+def _train(
+    folder: Path, *, frost: dict[str, Any] = RAMP, accumulate: int = 1, resume: Path | None = None, **changes: Any
+) -> dict[str, Any]:
     torch.manual_seed(0)
     model = bert()
     model.accepts_loss_kwargs = False
@@ -62,7 +65,7 @@ def _train(folder: Path, *, frost: dict[str, Any] = RAMP, accumulate: int = 1, *
     trainer.add_callback(count)
     handle = frostline.attach(trainer, **frost)
     trainer.add_callback(witness)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume and str(resume))
     cache = handle.summary()["cache"] or {"hits": 0, "upgrades": 0}
     return {
         "steps": count.steps,
@@ -78,6 +81,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     found = {name: _train(folder / name, **case) for name, case in CASES.items()}
+    found["resumed"] = _train(folder / "resumed", resume=folder / "saved" / "checkpoint-8", **CASES["explicit"])
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
