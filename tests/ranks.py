@@ -1,4 +1,4 @@
-"""Starting a test module on two real ranks."""
+"""Starting a test module on several real ranks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-def launch(module: str, folder: Path) -> list[dict[str, Any]]:
-    """Run ``module`` under torchrun on two ranks; each writes ``rank<n>.json`` into ``folder``."""
+def launch(module: str, folder: Path, *, ranks: int = 2) -> list[dict[str, Any]]:
+    """Run ``module`` under torchrun; each rank writes ``rank<n>.json`` into ``folder``."""
     launched = subprocess.run(
         [
             sys.executable,
             "-m",
             "torch.distributed.run",
             "--standalone",
-            "--nproc-per-node=2",
+            f"--nproc-per-node={ranks}",
             "-m",
             module,
             str(folder),
@@ -32,4 +32,4 @@ def launch(module: str, folder: Path) -> list[dict[str, Any]]:
         timeout=240,
     )
     assert launched.returncode == 0, launched.stderr[-4000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]

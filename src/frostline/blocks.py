@@ -14,6 +14,7 @@ from typing import Literal
 
 from torch import nn
 
+from frostline.distributed.shards import put_back
 from frostline.errors import ModelError, choices_message
 from frostline.trace import Call, Trace, trace_model, unwrap
 
@@ -65,6 +66,7 @@ class BlockStack:
             ModelError: no stack, one shared block, fewer than two blocks, or a path that matches nothing.
         """
         model = unwrap(model)
+        put_back(model)
         limits: list[str] = []
         stack_path = path if path is not None else _largest(model, limits)
         paths = _block_paths(model, stack_path)

@@ -17,12 +17,13 @@ from torch import nn
 from frostline.blocks import BlockStack
 from frostline.cache import CacheManager, CacheOptions, CacheSetting, cache_options, watched
 from frostline.clock import Clock
+from frostline.distributed import NOT_CACHED_SPLIT, NOT_COMPRESSED_SPLIT, UNEVEN, Agreement, Upkeep, is_split
 from frostline.errors import ConfigError, ModelError, ResumeError
 from frostline.events import EventLog
-from frostline.freezer import Freezer, refuse_wrapper
+from frostline.freezer import Freezer
 from frostline.journal import Journal
 from frostline.memory import Compressor, MemorySetting, memory_options
-from frostline.policies.base import Cadence, Decision, Explained, Observation, Plan
+from frostline.policies.base import Decision, Explained, Observation, Plan
 from frostline.policies.registry import create, validate
 from frostline.state import fingerprint, load_state, save_state
 from frostline.statistics import Measurements
@@ -117,6 +118,9 @@ class Frostline:
         self._blocks_path = blocks
         self._model_class = type(model).__name__
         self._active = policy != "none"
+        split = is_split(model)
+        if split and level != "off":
+            raise ModelError(NOT_COMPRESSED_SPLIT)
         self._statistics: Measurements | None = None
         self._parting: dict[str, Any] = {}
         self.cache: CacheManager | None = None
@@ -125,7 +129,6 @@ class Frostline:
         if not self._active:
             self._compressor = Compressor(model, level) if level != "off" else None
             return
-        refuse_wrapper(model)
         compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
         self._max_changes = COMPILED_DEPTH_CHANGES if max_depth_changes is None and compiled else max_depth_changes
         self.stack = BlockStack.find(model, blocks)
@@ -133,12 +136,17 @@ class Frostline:
         self.plan = plan_for(self.stack, batch_size, self.clock.samples_per_epoch, epochs)
         self.policy = create(policy, options, self.plan)
         self._cadence = self.policy.cadence()
-        if compiled and self._cadence == Cadence(1, "steps"):
+        restless = self._cadence is not None and self._cadence.restless
+        if compiled and restless:
             raise ModelError(
                 f"policy {policy!r} changes what trains at every step, and a compiled model would be compiled anew "
                 "each time: train it without torch.compile"
             )
-        self.freezer = Freezer(self.stack, optimizer, self.policy.moments)
+        upkeep = Upkeep.find(model, restless=restless)
+        self._agreement: Agreement | None = None
+        if upkeep is not None:
+            self._agreement = Agreement(upkeep.process_group, upkeep.device, len(self.stack), self.plan.layer_paths)
+        self.freezer = Freezer(self.stack, optimizer, self.policy.moments, upkeep)
         self.journal.begin(self._policy_numbers(), self._model_class, self.stack.path, self.plan)
         if compiled and self.stack.noisy_parents:
             self.stack.noisy_parents = False
@@ -149,11 +157,14 @@ class Frostline:
             )
         for message in self.stack.limits:
             self.limit("model", message)
+        if upkeep is not None and upkeep.limit is not None:
+            self.limit("traffic", upkeep.limit)
         self._measure()
         self.cache = self._make_cache(caching, model if compiled else None)
         self._first_forward: torch.utils.hooks.RemovableHandle | None = None
-        if not self.stack.traced and compiled and not hasattr(model, "_orig_mod"):
-            self.limit("order", "compiled in place, a model hides its inputs: registration order tells its stem")
+        if not self.stack.traced and (split or (compiled and not hasattr(model, "_orig_mod"))):
+            how = "split over ranks" if split else "compiled in place"
+            self.limit("order", f"{how}, a model hides its inputs: registration order tells its stem")
         elif not self.stack.traced:
             # On the wrapper of torch.compile, where there is one: inside of it the look itself would be compiled.
             watched = model if compiled else self.stack.model
@@ -332,13 +343,20 @@ class Frostline:
 
     def _decide(self) -> None:
         self.evaluations += 1
+        upkeep = self.freezer.upkeep
+        if upkeep is not None and upkeep.held:
+            self.limit("uneven-inputs", UNEVEN)
+            return
+        observed = self._statistics.observed() if self._statistics is not None else {}
+        if observed and upkeep is not None and self._agreement is not None and not upkeep.joining:
+            observed = self._agreement.on(observed)
         seen = Observation(
             step=self.step,
             samples=self.samples,
             progress=self.samples / self.plan.total_samples,
             depth=self.depth,
             blocks=len(self.stack),
-            **(self._statistics.observed() if self._statistics is not None else {}),
+            **observed,
         )
         decision, why = self.policy.decide(seen)
         self._apply(decision, seen, why)
@@ -373,6 +391,9 @@ class Frostline:
     def _make_cache(self, options: CacheOptions, compiled: nn.Module | None) -> CacheManager | None:
         if options.mode == "off":
             return None
+        if is_split(self.stack.model):
+            self.limit("cache-split", NOT_CACHED_SPLIT)
+            return None
         if compiled is not None and getattr(compiled, "_orig_mod", None) is not self.stack.model:
             self.limit("cache-compiled", NOT_CACHED_COMPILED)
             return None
@@ -395,13 +416,13 @@ class Frostline:
         if not model.training or not torch.is_grad_enabled() or self._first_forward is None:
             return
         self._first_forward.remove()
-        decision, optimizer = self.freezer.decision, self.freezer.optimizer
+        decision, optimizer, upkeep = self.freezer.decision, self.freezer.optimizer, self.freezer.upkeep
         self.freezer.release()
         self.stack = BlockStack.find(model, self._blocks_path, (args, kwargs))
         self.plan = self.policy.plan = plan_for(
             self.stack, self.plan.samples_per_step, self.plan.samples_per_epoch, self.plan.epochs
         )
-        self.freezer = Freezer(self.stack, optimizer, self.policy.moments)
+        self.freezer = Freezer(self.stack, optimizer, self.policy.moments, upkeep)
         before = self._statistics
         self._measure()
         self._freeze(decision)

@@ -1,4 +1,4 @@
-"""The one place that changes ``requires_grad``, ``.grad``, train/eval mode and optimizer state.
+"""The one place that changes ``requires_grad``, ``.grad``, train/eval mode, optimizer state and what a wrapper sends.
 
 What works (measured): frozen parameters stay in their optimizer groups,
 ``requires_grad`` False, ``.grad`` None. A zero gradient would still move them by momentum and weight decay;
@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from frostline.blocks import BlockStack
-from frostline.errors import ConfigError, ModelError, choices_message
+from frostline.distributed import Upkeep, put_back
+from frostline.errors import ConfigError, choices_message
 from frostline.policies.base import Decision, Moments
 from frostline.trace import first_tensor, replace_tensor
 
-__all__ = ["Freezer", "refuse_wrapper"]
+__all__ = ["Freezer"]
 
 
 class Freezer:
@@ -28,14 +29,20 @@ class Freezer:
         stack: where the model can be cut.
         optimizer: whose state of prefix parameters is dropped (``None``: there is none yet).
         moments: what becomes of the optimizer state of resting layers: kept, dropped, or paged to the host's memory.
+        upkeep: of the model's data-parallel wrapper, where it has one.
     """
 
     def __init__(
-        self, stack: BlockStack, optimizer: torch.optim.Optimizer | None = None, moments: Moments = "keep"
+        self,
+        stack: BlockStack,
+        optimizer: torch.optim.Optimizer | None = None,
+        moments: Moments = "keep",
+        upkeep: Upkeep | None = None,
     ) -> None:
         self.stack = stack
         self.optimizer = optimizer
         self.moments = moments
+        self.upkeep = upkeep
         self.decision = Decision()
         # Only ever lower requires_grad: what was born frozen (a LoRA base, fixed positions) stays so.
         self._trainable = {n for n, p in stack.model.named_parameters() if p.requires_grad}
@@ -54,6 +61,7 @@ class Freezer:
             ConfigError: a depth outside ``0..N-1``, a resting name that is no module, or nothing left to train.
         """
         self._check(decision)
+        put_back(self.stack.model)
         prefix = self.stack.prefix_parameters(decision.depth)
         resting = self._resting_parameters(decision.resting)
         quiet = set(prefix) | resting
@@ -75,15 +83,23 @@ class Freezer:
         if (decision.depth, bool(decision.resting)) != (self.depth, bool(self.decision.resting)):
             self._set_line(decision.depth, resting=bool(decision.resting))
         self.decision = decision
+        if self.upkeep is not None:
+            parameters = dict(self.stack.model.named_parameters())
+            trained = [p for name, p in parameters.items() if name in self._trainable and name not in quiet]
+            asleep = [parameters[name] for name in resting & self._trainable if name not in prefix]
+            self.upkeep.follow(trained, asleep)
 
     def release(self) -> None:
         """Thaw everything and take away every hook and pin: the model is an ordinary one again."""
+        put_back(self.stack.model)
         for name, parameter in self.stack.model.named_parameters():
             parameter.requires_grad_(name in self._trainable)
             if self.moments == "host":
                 self._page(parameter, parameter.device)
         self._set_line(0)
         self.decision = Decision()
+        if self.upkeep is not None:
+            self.upkeep.follow(p for name, p in self.stack.model.named_parameters() if name in self._trainable)
 
     # -- checks ---------------------------------------------------------------------------------
 
@@ -162,24 +178,6 @@ class Freezer:
         for module in self._switched:
             module.training = True
         self._switched = []
-
-
-def refuse_wrapper(model: nn.Module) -> None:
-    """Say what cannot be frozen because of how a model is wrapped.
-
-    Raises:
-        ModelError: ``DataParallel``, or DDP that expects every gradient.
-    """
-    if isinstance(model, nn.DataParallel):
-        raise ModelError(
-            "nn.DataParallel copies the model at every step, so nothing in it can be frozen; start one process per "
-            "GPU instead: torchrun --nproc-per-node=<GPUs> <your script>"
-        )
-    if isinstance(model, nn.parallel.DistributedDataParallel) and not model.find_unused_parameters:
-        raise ModelError(
-            "this DistributedDataParallel wrapper expects a gradient of every parameter at every step; build it with "
-            "find_unused_parameters=True (Trainer: ddp_find_unused_parameters=True) to freeze while it trains"
-        )
 
 
 class _StayInEval:

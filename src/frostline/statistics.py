@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from frostline.distributed.shards import local, parts_again, total, whole
 from frostline.errors import ResumeError
 
 __all__ = ["GradientSum", "Measurements", "WeightChange"]
@@ -40,7 +41,7 @@ class GradientSum:
             scale: 1 / loss scale under a gradient scaler.
             check: leave out a step whose gradients are not finite (the scaler will skip it). Returns False then.
         """
-        sums, gradients = [], []
+        sums, gradients, split = [], [], []
         for parameters in self._blocks.values():
             for name, parameter in parameters.items():
                 gradient = parameter.grad
@@ -51,24 +52,29 @@ class GradientSum:
                 if name not in self._sums:
                     dtype = torch.promote_types(gradient.dtype, torch.float32)
                     self._sums[name] = torch.zeros_like(gradient, dtype=dtype)
-                sums.append(self._sums[name])
-                gradients.append(gradient.detach())
+                sums.append(local(self._sums[name]))
+                gradients.append(local(gradient).detach())
+                split.append(gradient)
         if not gradients:
             return False
-        if check and not all(torch.isfinite(norm) for norm in torch._foreach_norm(gradients)):
-            return False
+        if check:
+            broken = not all(torch.isfinite(norm) for norm in torch._foreach_norm(gradients))
+            if total([float(broken)], split[:1])[0] > 0:  # of a model split over ranks one part may be sound
+                return False
         torch._foreach_add_(sums, gradients, alpha=scale)
         self.steps += 1
         return True
 
     def norms(self) -> dict[int, float]:
         """L1 norm of the sum, per block. A block without any gradient so far has norm 0."""
-        found: dict[int, float] = {}
-        for block, parameters in self._blocks.items():
-            present = [self._sums[name] for name in parameters if name in self._sums]
-            norms = torch._foreach_norm(present, 1) if present else ()
-            found[block] = float(sum(float(norm) for norm in norms))
-        return found
+        names = [name for parameters in self._blocks.values() for name in parameters if name in self._sums]
+        sums = [self._sums[name] for name in names]
+        norms = torch._foreach_norm([local(value) for value in sums], 1) if sums else ()
+        found = dict(zip(names, total([float(norm) for norm in norms], sums), strict=True))
+        return {
+            block: float(sum(found[name] for name in parameters if name in found))
+            for block, parameters in self._blocks.items()
+        }
 
     def reset(self, active: Iterable[int]) -> None:
         """Start a new interval for the ``active`` blocks; the memory of the others is given back."""
@@ -77,16 +83,16 @@ class GradientSum:
         names = {name for parameters in self._blocks.values() for name in parameters}
         self._sums = {name: value for name, value in self._sums.items() if name in names}
         if self._sums:
-            torch._foreach_zero_(list(self._sums.values()))
+            torch._foreach_zero_([local(value) for value in self._sums.values()])
         self.steps = 0
 
     def bytes(self) -> int:
         """Memory of the sums."""
-        return sum(value.numel() * value.element_size() for value in self._sums.values())
+        return sum(value.numel() * value.element_size() for value in map(local, self._sums.values()))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The sums, for a checkpoint."""
-        return dict(self._sums)
+        """The sums, for a checkpoint; where the model is split over ranks, every rank must ask."""
+        return {name: whole(value) for name, value in self._sums.items()}
 
     def load(self, tensors: Mapping[str, torch.Tensor], steps: int, active: Sequence[int]) -> None:
         """Restore what :meth:`tensors` gave, on the device of each parameter."""
@@ -102,7 +108,7 @@ class GradientSum:
                 raise ResumeError(
                     f"gradient sum of {name}: shape {tuple(value.shape)}, model {tuple(parameters[name].shape)}"
                 )
-        self._sums = {name: value.to(parameters[name].device, copy=True) for name, value in tensors.items()}
+        self._sums = {name: parts_again(value, parameters[name]) for name, value in tensors.items()}
         self.steps = steps
 
 
@@ -123,18 +129,21 @@ class WeightChange:
     @torch.no_grad()
     def before(self) -> None:
         """Remember the weights that the coming step changes: those that have a gradient."""
-        self._before = {name: p.detach().clone() for name, p in self._layers.items() if p.grad is not None}
+        self._before = {name: local(p).detach().clone() for name, p in self._layers.items() if p.grad is not None}
 
     @torch.no_grad()
     def after(self) -> dict[str, float] | None:
         """The change of each layer that had a gradient; ``None`` where nothing moved (a scaler skipped the step)."""
         before, self._before = self._before, {}
-        copies = list(before.values())
+        copies, layers = list(before.values()), [self._layers[name] for name in before]
         sizes = _norms(copies)
         if copies:
-            torch._foreach_sub_(copies, [self._layers[name] for name in before])
+            torch._foreach_sub_(copies, [local(layer) for layer in layers])
+        numbers = total([*sizes, *_norms(copies)], [*layers, *layers])
         tiny = torch.finfo(torch.float32).tiny
-        changes = [move / max(size, tiny) for move, size in zip(_norms(copies), sizes, strict=True)]
+        changes = [
+            move / max(size, tiny) for size, move in zip(numbers[: len(sizes)], numbers[len(sizes) :], strict=True)
+        ]
         return dict(zip(before, changes, strict=True)) if any(changes) or not changes else None
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from frostline.distributed.shards import is_split, put_back, start_over
+
 __all__ = [
     "Call",
     "Trace",
@@ -80,10 +82,11 @@ def trace_model(model: nn.Module, blocks: list[nn.Module], inputs: Call | None) 
     Without ``inputs`` one random row is made up for the outermost module around the blocks that says what its
     main input is; ``None`` where there is none, or where it cannot be run so.
     """
-    call = inputs
+    call, outermost = inputs, model
     if call is None:
         model, call = made_up_call(model, blocks)
-        if call is None:
+        # A model that is split over ranks takes the first module that it runs for its root, once and for all.
+        if call is None or (model is not outermost and is_split(model)):
             return None
     with undisturbed(model, blocks):
         model.eval()
@@ -93,7 +96,9 @@ def trace_model(model: nn.Module, blocks: list[nn.Module], inputs: Call | None) 
             # Made-up inputs do not fit every model; the caller falls back to the order of registration.
             if inputs is not None:
                 raise
+            start_over(model)
             return None
+        put_back(model)
         stem = {id(p) for p in model.parameters()} & (seen.reach[1] if len(seen.reach) > 1 else set())
         seen.noisy = _is_noisy(model, blocks, call, stem, seen.before_only)
     return seen
@@ -119,15 +124,26 @@ def _pass(model: nn.Module, blocks: list[nn.Module], call: Call) -> Trace:
         else:
             before[id(module)] = module
 
+    # What is split over ranks is computed with as copies, gathered for the length of a module's own pass.
+    own = {m: {n: id(p) for n, p in m.named_parameters(recurse=False)} for m in model.modules()}
+    copies: dict[int, int] = {}
+
+    def gathered(module: nn.Module, _: Any) -> None:
+        copies.update((id(p), own[module][n]) for n, p in module.named_parameters(recurse=False))
+
     leaves = [m for m in model.modules() if not list(m.children()) and not list(m.parameters(recurse=False))]
     handles = [b.register_forward_pre_hook(enter(i), with_kwargs=True) for i, b in enumerate(blocks)]
     handles += [m.register_forward_pre_hook(note) for m in leaves]
+    if is_split(model):
+        handles += [m.register_forward_pre_hook(gathered) for m, named in own.items() if named]
     try:
         with torch.enable_grad():
             seen.used = _reached_from_any(model(*call[0], **call[1]))
     finally:
         for handle in handles:
             handle.remove()
+    seen.reach = [{copies.get(key, key) for key in reach} for reach in seen.reach]
+    seen.used = {copies.get(key, key) for key in seen.used}
     seen.before_only = [m for key, m in before.items() if key not in after]
     return seen
 
@@ -205,6 +221,7 @@ def undisturbed(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
                 parameter.requires_grad_(True)
             yield
         finally:
+            put_back(model)
             for module, call in compiled:
                 module._compiled_call_impl = call
             for module, flag in training:

@@ -301,17 +301,18 @@ def _distributed_by_itself() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_distributed_by_itself")
 @pytest.mark.parametrize("unused", [False, True])
-def test_ddp_must_expect_missing_gradients(unused: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [RAMP, {"policy": "interlayer"}], ids=lambda options: options["policy"])
+def test_ddp(options: dict[str, Any], unused: bool, tmp_path: Path) -> None:
     """One process is enough: the wrapper is a real DistributedDataParallel."""
-    callback = FrostlineCallback(**RAMP)
+    callback = FrostlineCallback(**options)
     strategy = DDPStrategy(
         find_unused_parameters=unused, process_group_backend="gloo", accelerator=None, parallel_devices=None
     )
     trainer = lightning_trainer(tmp_path, callback, strategy=strategy, devices=1)
     module = Module(bert(dropout=0.1)).train()
-    if unused:
+    if unused or options is RAMP:
         trainer.fit(module, loader())
-        assert _moves(callback) == MOVES
+        assert _moves(callback) == (MOVES if options is RAMP else [])
         return
     with pytest.raises(ModelError, match="find_unused_parameters=True"):
         trainer.fit(module, loader())

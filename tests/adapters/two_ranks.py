@@ -102,12 +102,12 @@ def _sent(options: dict[str, Any]) -> list[int]:
 
 
 def _refusals(folder: Path) -> list[str]:
-    """DDP without find_unused_parameters cannot freeze: said before, or at the start of, training."""
+    """DDP without find_unused_parameters cannot do without other layers at each step: said before training begins."""
     said = []
     for changes in ({"ddp_find_unused_parameters": False}, {"gradient_checkpointing": True}):
         trainer = trainer_for(folder / "refused", bert(), **changes)
         try:
-            frostline.attach(trainer, **RAMP)
+            frostline.attach(trainer, policy="interlayer")
             trainer.train()
         except ModelError as error:
             said.append(str(error))

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from frostline.cli.simulate import parse_ranks
-from frostline.distributed.published import check, setup
 from frostline.errors import ConfigError
+from frostline.simulator.published import check, setup
 from tests.cli.test_cli import invoke
 from tests.report.sample import BLOCKS, SAMPLES_PER_EPOCH, write_run
 

@@ -39,6 +39,7 @@ from frostline.adapters.fitting import Fitting
 from frostline.adapters.randomness import capture, restore
 from frostline.blocks import BlockStack
 from frostline.cache import CacheSetting, cache_options
+from frostline.distributed import RESTLESS
 from frostline.engine import Frostline, plan_for
 from frostline.errors import ConfigError, FrostlineError, ModelError, ResumeError
 from frostline.events import EventLog
@@ -100,7 +101,10 @@ def attach(
         decided = dict(options)
         if open_option is not None and saving.budget is not None:
             del decided[open_option]
-        create(policy, decided, plan_for(BlockStack.find(trainer.model, blocks), 1, 1, 1))
+        cadence = create(policy, decided, plan_for(BlockStack.find(trainer.model, blocks), 1, 1, 1)).cadence()
+        expects_all = trainer.args.ddp_find_unused_parameters is False and trainer.args.world_size > 1
+        if expects_all and cadence is not None and cadence.restless:
+            raise ModelError(f"policy {policy!r}: {RESTLESS}")
     frost._install()
     return frost
 
@@ -116,8 +120,6 @@ def _refuse(trainer: Trainer) -> None:
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         name = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
         raise ModelError(f"{name} cannot change what is frozen while it trains in this version; use DDP (torchrun)")
-    if trainer.args.ddp_find_unused_parameters is False and trainer.args.world_size > 1:
-        raise ModelError("ddp_find_unused_parameters=False expects every gradient at every step: set it to True")
 
 
 class Frost:

@@ -79,10 +79,7 @@ class FrostlineCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
             name = type(trainer.strategy).__name__
-            raise ModelError(
-                f"{name} cannot change what is frozen while it trains in this version; use "
-                "strategy='ddp_find_unused_parameters_true'"
-            )
+            raise ModelError(f"{name} cannot change what is frozen while it trains in this version; use strategy='ddp'")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if len(trainer.optimizers) != 1:

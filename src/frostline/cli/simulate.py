@@ -10,8 +10,8 @@ import typer
 from frostline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from frostline.distributed import Cluster, Course, Profile, Trajectory
-    from frostline.distributed.tables import Table
+    from frostline.simulator import Cluster, Course, Profile, Trajectory
+    from frostline.simulator.tables import Table
 
 __all__ = ["parse_ranks", "register"]
 
@@ -79,15 +79,15 @@ def register(app: typer.Typer) -> None:
         counts = parse_ranks(ranks)
         if plot is not None and plot.suffix != ".html":
             raise ConfigError(f"--plot {str(plot)!r}: the curves are a page, so its name must end with .html")
-        from frostline.distributed.simulator import compare_packings
-        from frostline.distributed.tables import published_tables, scaling_tables, stage_table
+        from frostline.simulator.model import compare_packings
+        from frostline.simulator.tables import published_tables, scaling_tables, stage_table
 
         numbers: dict[str, Any] = {}
         tables: list[Table] = []
         if published:
             if any(value is not None for value in (profile, trajectory, cluster, batch, samples, epochs)) or cache:
                 raise ConfigError("--published brings its own files and settings: give --ranks, --json and --plot only")
-            from frostline.distributed.published import check, setup
+            from frostline.simulator.published import check, setup
 
             found = check(setup())
             model, machines, course, rows = found.profile, found.cluster, found.setup.course, found.setup.batch
@@ -138,7 +138,7 @@ def _inputs(
     samples: int | None,
     epochs: float | None,
 ) -> tuple[Profile, Cluster, Course, int]:
-    from frostline.distributed import read_cluster, read_profile
+    from frostline.simulator import read_cluster, read_profile
 
     if profile is None or trajectory is None or cluster is None:
         raise ConfigError("give the files PROFILE TRAJECTORY CLUSTER, or --published")
@@ -150,13 +150,13 @@ def _inputs(
 
 def _trajectory(path: Path) -> Trajectory:
     """A run's, where ``path`` is its directory or its log or summary in it; else a file's."""
-    from frostline.distributed import Trajectory, read_trajectory
+    from frostline.simulator import Trajectory, read_trajectory
 
     inside = path.name in ("events.jsonl", "summary.json") and (path.parent / "events.jsonl").is_file()
     if not path.is_dir() and not inside:
         return read_trajectory(path)
-    from frostline.distributed.files import validated
     from frostline.report import load_run
+    from frostline.simulator.files import validated
 
     run = load_run(path.parent if inside else path)
     moves = [{"samples": point.samples, "depth": point.depth} for point in run.trajectory]
@@ -172,7 +172,7 @@ def _title(profile: Profile, cluster: Cluster, course: Course, batch: int) -> st
 
 def _notes(profile: Profile, cluster: Cluster, course: Course, batch: int) -> list[str]:
     """What would make the figures look better than freezing is, or other than the trajectory says."""
-    from frostline.distributed.simulator import largest_batch
+    from frostline.simulator.model import largest_batch
 
     notes = []
     most = largest_batch(profile, cluster, 0)

@@ -1,24 +1,16 @@
-"""Many ranks: for now, the simulator of clusters that are not there (``frostline simulate``)."""
+"""Training on several ranks: what a data-parallel wrapper sends, and how the ranks agree."""
 
-from frostline.distributed.cluster import Cluster, Link, Part, Profile
-from frostline.distributed.files import read_cluster, read_profile, read_trajectory
-from frostline.distributed.simulator import PACKINGS, Simulation, Stage, compare_packings, simulate
-from frostline.distributed.trajectory import Course, Move, Trajectory
+from frostline.distributed.agreement import Agreement
+from frostline.distributed.shards import NOT_CACHED_SPLIT, NOT_COMPRESSED_SPLIT, is_split, put_back
+from frostline.distributed.upkeep import RESTLESS, UNEVEN, Upkeep
 
 __all__ = [
-    "PACKINGS",
-    "Cluster",
-    "Course",
-    "Link",
-    "Move",
-    "Part",
-    "Profile",
-    "Simulation",
-    "Stage",
-    "Trajectory",
-    "compare_packings",
-    "read_cluster",
-    "read_profile",
-    "read_trajectory",
-    "simulate",
+    "NOT_CACHED_SPLIT",
+    "NOT_COMPRESSED_SPLIT",
+    "RESTLESS",
+    "UNEVEN",
+    "Agreement",
+    "Upkeep",
+    "is_split",
+    "put_back",
 ]

@@ -128,6 +128,11 @@ class Cadence:
         """How many times a policy is to have been asked after this step."""
         return int(((samples if self.unit == "samples" else step) + 1e-6) / self.every)
 
+    @property
+    def restless(self) -> bool:
+        """Whether the policy is asked after every optimizer step."""
+        return self.unit == "steps" and self.every <= 1
+
 
 class PolicyOptions(BaseModel):
     """Options of a policy: unknown names and values out of range are errors that list the valid ones."""

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from frostline.distributed.simulator import SIDES, Simulation
-from frostline.distributed.tables import LABELS, Scaling, Table
 from frostline.errors import FrostlineError
+from frostline.simulator.model import SIDES, Simulation
+from frostline.simulator.tables import LABELS, Scaling, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

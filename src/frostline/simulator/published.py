@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import Field
 
-from frostline.distributed.cluster import Cluster, Input, Profile
-from frostline.distributed.files import load, validated
-from frostline.distributed.simulator import simulate
-from frostline.distributed.trajectory import Course, Trajectory
+from frostline.simulator.cluster import Cluster, Input, Profile
+from frostline.simulator.files import load, validated
+from frostline.simulator.model import simulate
+from frostline.simulator.trajectory import Course, Trajectory
 
 __all__ = ["Check", "Claim", "Setup", "check", "setup"]
 

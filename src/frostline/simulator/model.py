@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from frostline.distributed.cluster import Cluster, Link, Profile
-from frostline.distributed.trajectory import Course, Stretch
 from frostline.errors import ConfigError, choices_message
+from frostline.simulator.cluster import Cluster, Link, Profile
+from frostline.simulator.trajectory import Course, Stretch
 
 __all__ = [
     "PACKINGS",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from frostline.distributed import Cluster, Course, Link, Move, Profile
-from frostline.distributed.cluster import Blocks, Part
+from frostline.simulator import Cluster, Course, Link, Move, Profile
+from frostline.simulator.cluster import Blocks, Part
 
 BLOCKS = 4
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from frostline.distributed.published import Check, check, setup
-from frostline.distributed.simulator import SIDES, Simulation
+from frostline.simulator.model import SIDES, Simulation
+from frostline.simulator.published import Check, check, setup
 
 __all__ = ["LABELS", "Scaling", "Table", "duration", "published_tables", "scaling_tables", "stage_table"]
 
 Scaling = Mapping[int, Mapping[str, Simulation]]
-"""By number of ranks, by side (:data:`frostline.distributed.simulator.SIDES`)."""
+"""By number of ranks, by side (:data:`frostline.simulator.model.SIDES`)."""
 
 LABELS = dict(zip(SIDES, ("nothing frozen", "no packing", "performance", "efficiency"), strict=True))
 

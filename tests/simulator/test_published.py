@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from frostline.distributed.published import check, setup
-from frostline.distributed.simulator import largest_batch, memory_bytes, step_time
+from frostline.simulator.model import largest_batch, memory_bytes, step_time
+from frostline.simulator.published import check, setup
 
 DOCS = Path(__file__).parents[2] / "docs" / "simulator.md"
 

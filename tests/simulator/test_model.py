@@ -6,9 +6,12 @@ import random
 
 import pytest
 
-from frostline.distributed import Cluster, Link, compare_packings, simulate
-from frostline.distributed.cluster import Part
-from frostline.distributed.simulator import (
+from frostline.errors import ConfigError
+from frostline.memory import MemoryModel, OptimizerCost, Way
+from frostline.memory.model import Activations, Spans
+from frostline.simulator import Cluster, Link, compare_packings, simulate
+from frostline.simulator.cluster import Part
+from frostline.simulator.model import (
     PACKINGS,
     SIDES,
     all_reduce_seconds,
@@ -17,10 +20,7 @@ from frostline.distributed.simulator import (
     placement,
     step_time,
 )
-from frostline.errors import ConfigError
-from frostline.memory import MemoryModel, OptimizerCost, Way
-from frostline.memory.model import Activations, Spans
-from tests.distributed.worlds import BLOCKS, cluster, course, profile
+from tests.simulator.worlds import BLOCKS, cluster, course, profile
 
 RANKS = [2**i for i in range(11)]
 FAST = Link(bytes_per_second=float("inf"), latency_seconds=0.0)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from frostline.distributed import read_cluster, read_profile, read_trajectory
 from frostline.errors import ConfigError
+from frostline.simulator import read_cluster, read_profile, read_trajectory
 
 DOCS = Path(__file__).parents[2] / "docs" / "simulator.md"
 PART = {"forward_seconds": 0.1, "parameter_bytes": 10, "activation_bytes": "1 kB"}

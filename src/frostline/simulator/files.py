@@ -10,9 +10,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from frostline.distributed.cluster import Cluster, Input, Profile
-from frostline.distributed.trajectory import Trajectory
 from frostline.errors import ConfigError, choices_message
+from frostline.simulator.cluster import Cluster, Input, Profile
+from frostline.simulator.trajectory import Trajectory
 
 __all__ = ["load", "read_cluster", "read_profile", "read_trajectory", "validated"]
 

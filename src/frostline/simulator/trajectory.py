@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from pydantic import Field, model_validator
 
-from frostline.distributed.cluster import Input
 from frostline.errors import ConfigError
+from frostline.simulator.cluster import Input
 
 __all__ = ["Course", "Move", "Stretch", "Trajectory"]
 

@@ -1,0 +1,46 @@
+"""What the first rank measured reaches the others as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from frostline.distributed import Agreement
+
+LAYERS = ("blocks.0.weight", "blocks.1.weight")
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "observed",
+    [
+        {"scores": None, "changes": None, "interval_steps": 0},
+        {"scores": {1: 0.1, 2: math.pi, 3: 0.0}, "changes": None, "interval_steps": 7},
+        {"scores": {3: math.inf}, "changes": {}, "interval_steps": 1},
+        {"scores": None, "changes": {LAYERS[1]: 1e-300}, "interval_steps": 0},
+        {"scores": {}, "changes": dict.fromkeys(LAYERS, 0.0), "interval_steps": 0},
+    ],
+    ids=str,
+)
+def test_numbers_arrive_bit_for_bit(observed: dict[str, Any]) -> None:
+    assert Agreement(dist.group.WORLD, torch.device("cpu"), 4, LAYERS).on(observed) == observed
+
+
+def test_what_is_no_number_arrives_as_such() -> None:
+    seen = Agreement(dist.group.WORLD, torch.device("cpu"), 4, ()).on(
+        {"scores": {2: math.nan}, "changes": None, "interval_steps": 3}
+    )
+    assert list(seen["scores"]) == [2]
+    assert math.isnan(seen["scores"][2])
