@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from frostline.blocks import BlockStack
+from frostline.briefing import plan_for
 from frostline.cache import CacheManager, CacheOptions, CacheSetting, cache_options, watched
 from frostline.clock import Clock
 from frostline.distributed import NOT_CACHED_SPLIT, NOT_COMPRESSED_SPLIT, UNEVEN, Agreement, Upkeep, is_split
@@ -23,13 +24,13 @@ from frostline.events import EventLog
 from frostline.freezer import Freezer
 from frostline.journal import Journal
 from frostline.memory import Compressor, MemorySetting, memory_options
-from frostline.policies.base import Decision, Explained, Observation, Plan
+from frostline.policies.base import Decision, Explained, Observation
 from frostline.policies.registry import create, validate
 from frostline.state import fingerprint, load_state, save_state
 from frostline.statistics import Measurements
 from frostline.summary import Summary
 
-__all__ = ["Frostline", "plan_for"]
+__all__ = ["Frostline"]
 
 # torch.compile falls back to eager after 8 recompiles of one function (torch._dynamo.config.recompile_limit);
 # shapes that turn dynamic take some of them.
@@ -38,19 +39,6 @@ NOT_CACHED_COMPILED = (
     "compiled in place, or around DistributedDataParallel: boundary activations are not cached; "
     "use model = torch.compile(model)"
 )
-
-
-def plan_for(stack: BlockStack, samples_per_step: int, samples_per_epoch: int, epochs: float) -> Plan:
-    """What a policy is told of a run that trains ``stack``."""
-    stem, head = stack.paths_of("stem"), stack.paths_of("head")
-    trained = [name for name, parameter in stack.model.named_parameters() if parameter.requires_grad]
-    biases = tuple(name for name in trained if name.endswith("bias"))
-    layers = tuple(name for name in trained if not name.endswith("bias"))
-    depths = tuple(
-        1 if (owner := stack.owners[name]) == "stem" else 0 if owner == "head" else owner + 1 for name in layers
-    )
-    blocks = tuple(stack.block_paths)
-    return Plan(blocks, stem, head, samples_per_step, samples_per_epoch, epochs, layers, biases, depths)
 
 
 class Frostline:

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from frostline.adapters.randomness import capture, restore
 from frostline.blocks import BlockStack
-from frostline.engine import plan_for
+from frostline.briefing import plan_for
 from frostline.errors import ConfigError
 from frostline.freezer import Freezer
 from frostline.memory import MemoryOptions

@@ -38,9 +38,10 @@ from frostline.adapters.checkpoints import check, newest_complete
 from frostline.adapters.fitting import Fitting
 from frostline.adapters.randomness import capture, restore
 from frostline.blocks import BlockStack
+from frostline.briefing import plan_for
 from frostline.cache import CacheSetting, cache_options
 from frostline.distributed import RESTLESS
-from frostline.engine import Frostline, plan_for
+from frostline.engine import Frostline
 from frostline.errors import ConfigError, FrostlineError, ModelError, ResumeError
 from frostline.events import EventLog
 from frostline.memory import MemoryOptions, MemorySetting, memory_options
