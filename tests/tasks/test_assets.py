@@ -19,7 +19,7 @@ import pytest
 
 from frostline.errors import DataError
 from frostline.tasks import _unpack, assets
-from frostline.tasks._download import Source, _pip_error
+from frostline.tasks._download import Source, _pip_error, _size
 from frostline.tasks.assets import Asset
 
 
@@ -117,6 +117,23 @@ def test_a_file_that_went_missing_is_fetched_again(asset: Asset) -> None:
     assert not assets.is_fetched("tiny")
     assets.fetch("tiny", progress=False)
     assert assets.verify("tiny") == folder
+
+
+def test_progress_survives_a_folder_that_pip_takes_away_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("gone", 50), ("stays", 10)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").write_bytes(bytes(size))
+    look = os.scandir
+
+    def scandir(path: str | Path = ".") -> object:
+        if Path(path).name == "gone":
+            raise FileNotFoundError(path)
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert _size(tmp_path) == 10
 
 
 def test_an_asset_of_other_sources_is_fetched_again(asset: Asset, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import http.client
@@ -173,13 +174,12 @@ def _pip_error(source: Source, messages: str) -> DataError | OSError:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the largest file below ``folder``; files come and go while pip works."""
+    """Bytes of the largest file below ``folder``; files and folders come and go while pip works."""
     largest = 0
-    for path in folder.rglob("*"):
-        try:
-            largest = max(largest, path.stat().st_size)
-        except OSError:
-            continue
+    for parent, _, names in os.walk(folder):  # a folder that is gone by now is passed over
+        for name in names:
+            with contextlib.suppress(OSError):
+                largest = max(largest, os.stat(os.path.join(parent, name)).st_size)
     return largest
 
 
