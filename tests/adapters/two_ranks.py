@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import frostline
 from frostline.errors import ModelError
 from frostline.memory import saved
 from tests.adapters.hosts import RAMP, Witness, assert_ordinary, batches, bert, trainer_for
+from tests.distributed.traffic import Traffic, counted
 
 RATE = 0.05
 
@@ -80,23 +80,18 @@ def _train(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
 def _sent(options: dict[str, Any]) -> list[int]:
     """Bytes of gradients that a plain DDP loop sends at each step, its first two (buckets are rebuilt) left out."""
     model = DistributedDataParallel(bert(), find_unused_parameters=True)
-    sent: list[int] = []
-
-    def count(_, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations, and not with strings
-        sent[-1] += bucket.buffer().numel() * bucket.buffer().element_size()
-        return default_hooks.allreduce_hook(torch.distributed.group.WORLD, bucket)
-
-    model.register_comm_hook(None, count)
+    traffic, sent = Traffic(), []
+    model.register_comm_hook(traffic, counted)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     frost = frostline.Frostline(model, optimizer, steps_per_epoch=8, epochs=1, **options)
     for batch in batches(8):
-        sent.append(0)
         model.train()
         model(**batch).loss.backward()
         frost.before_step()
         optimizer.step()
         optimizer.zero_grad()
         frost.after_step()
+        sent.append(traffic.taken())
     frost.finish()
     return sent[2:]
 

@@ -6,16 +6,15 @@ as a build artefact and opened offline.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frostline.errors import FrostlineError
 from frostline.events import PHASES
 from frostline.report.compare import compare, depth_text, policy_text, speed_ups
+from frostline.report.pages import put_in_place, templates
 from frostline.report.run import Run, as_number, load_run, results
 
 if TYPE_CHECKING:
@@ -55,36 +54,15 @@ def write_report(path: str | Path) -> Path:
     run = load_run(path)
     page = render_report(run)
     target = run.path / "report.html"
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(page, encoding="utf-8")
-        os.replace(unfinished, target)
-    except OSError as error:
-        raise FrostlineError(f"cannot write '{target}': {error.strerror or error}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+    put_in_place(page, target)
     return target
 
 
 def render_report(run: Run) -> str:
     """The page as a string."""
-    try:
-        import jinja2
-        import markupsafe
+    environment = templates("a report needs")
+    from frostline.report import plots
 
-        from frostline.report import plots
-    except ImportError as error:
-        missing = (error.name or str(error)).partition(".")[0]
-        raise FrostlineError(f"a report needs {missing}: pip install 'frostline[report]'") from None
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("frostline.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    # matplotlib escapes the text inside the SVG that it writes.
-    environment.filters["svg"] = markupsafe.Markup
     sections = [
         _trajectory(run, plots.trajectory_plot(run)),
         _decisions(run, plots.decision_plot(run)),

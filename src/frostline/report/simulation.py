@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from frostline.errors import FrostlineError
+from frostline.report.pages import put_in_place, templates
 from frostline.simulator.model import SIDES, Simulation
 from frostline.simulator.tables import LABELS, Scaling, Table
 
@@ -24,33 +24,14 @@ def write_simulation(path: Path, title: str, scaling: Scaling, tables: Sequence[
     Raises:
         FrostlineError: the extra ``report`` is not installed, or ``path`` cannot be written.
     """
-    try:
-        import jinja2
-        import markupsafe
-
-        import frostline.report.plots  # noqa: F401 (matplotlib)
-    except ImportError as error:
-        missing = (error.name or str(error)).partition(".")[0]
-        raise FrostlineError(f"the curves need {missing}: pip install 'frostline[report]'") from None
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("frostline.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    # matplotlib escapes the text inside the SVG that it writes.
-    environment.filters["svg"] = markupsafe.Markup
+    environment = templates("the curves need")
     plots = [
         _curves("hours", "hours of a run", scaling, lambda side: side.seconds / 3600),
         _curves("cost", "cost of a run", scaling, lambda side: side.cost),
         _curves("step", "seconds a step, last stage", scaling, lambda side: side.stages[-1].step_seconds),
     ]
     page = environment.get_template("simulation.html.j2").render(title=title, notes=notes, plots=plots, tables=tables)
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise FrostlineError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+    put_in_place(page, path)
 
 
 def _curves(name: str, unit: str, scaling: Scaling, value: Callable[[Simulation], float]) -> Plot:
