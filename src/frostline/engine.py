@@ -102,6 +102,8 @@ class Frostline:
         self.policy_name, self.policy_options = policy, checked.model_dump()
         self.scaler = scaler
         self.evaluations = self._final_depth = self._changes = 0
+        # A gradient is the mean over a batch: where batches grow, an interval's sum counts it as many times more.
+        self._first_batch, self._weight = batch_size, 1.0
         self.seconds = {"statistics": 0.0, "decide": 0.0}
         self._blocks_path = blocks
         self._model_class = type(model).__name__
@@ -186,7 +188,8 @@ class Frostline:
             return
         start = time.perf_counter()
         scaled = self.scaler is not None and self.scaler.is_enabled()
-        self._statistics.before_step(1.0 / self.scaler.get_scale() if scaled and not unscaled else 1.0, check=scaled)
+        loss_scale = self.scaler.get_scale() if scaled and not unscaled else 1.0
+        self._statistics.before_step(self._weight / loss_scale, check=scaled)
         self.seconds["statistics"] += time.perf_counter() - start
 
     def after_step(self) -> None:
@@ -261,6 +264,7 @@ class Frostline:
             "options": self.policy_options,
             "step": self.step,
             "samples": self.samples,
+            "batch": self._first_batch,
             "evaluations": self.evaluations,
             "changes": self._changes,
             "seconds": self.seconds,
@@ -295,6 +299,8 @@ class Frostline:
         if self._active and state["model"] != (here := fingerprint(self.stack.model, len(self.stack))):
             raise ResumeError(f"the checkpoint belongs to another model: {state['model']}, this one is {here}")
         self.clock.resume(state["step"], state["samples"])
+        self._first_batch = state.get("batch", self._first_batch)
+        self._weight = self.clock.batch_size / self._first_batch
         self.evaluations = state["evaluations"]
         self._changes, self.seconds = state["changes"], dict(state["seconds"])
         self.journal.load(state)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import frostline
 from frostline.cli import app
 from frostline.cli.replay import parse_options
-from frostline.cli.run import process_start
+from frostline.clock import process_start
 from frostline.errors import ConfigError, FrostlineError
 from tests.recipes.workbench import BLOCKS, recipe_content, write_recipe_file
 

@@ -1,4 +1,4 @@
-"""A Trainer's run fitted into a memory budget: the longest batches that its data bring, measured before it trains."""
+"""What a Trainer's run takes, measured before it trains on the longest batches of its data; fitting it to a budget."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from frostline.briefing import plan_for
 from frostline.errors import ConfigError
 from frostline.freezer import Freezer
 from frostline.memory import MemoryOptions
-from frostline.memory.model import Bench, OptimizerCost, Way, end_checkpointing, nbytes_of, optimizer_cost
+from frostline.memory.model import Bench, MemoryModel, OptimizerCost, Way, end_checkpointing, nbytes_of, optimizer_cost
 from frostline.memory.planner import BudgetError, MemoryPlan, candidates, plan_memory
 from frostline.policies.base import Policy
 from frostline.policies.registry import create, validate
 from frostline.state import has_state, load_state
 from frostline.trace import first_tensor
 
-__all__ = ["Fitting"]
+__all__ = ["Fitting", "Profile", "ignores_items", "profile", "readable"]
 
 logger = logging.getLogger("frostline")
 
@@ -109,6 +109,57 @@ class Fitting:
         return list(validate(self._policy, self._options).choices(pages=pages))
 
 
+class Profile(NamedTuple):
+    """What a step of a Trainer takes: what packing goes by.
+
+    Attributes:
+        peaks: bytes at its peak, by depth of the frost line and then by number of rows in a micro-batch.
+        row_seconds: of the forward and backward pass, for each further row of an ordinary batch.
+    """
+
+    peaks: list[list[int]]
+    row_seconds: float
+
+
+def profile(
+    trainer: Trainer, level: str, policy: str, options: Mapping[str, Any], blocks: str | None, rows: Sequence[int]
+) -> Profile:
+    """Measure a step of ``trainer`` before it trains; its model and the random state are as before afterwards.
+
+    Args:
+        trainer: not wrapped yet.
+        level: of compression.
+        policy: name of one that freezes.
+        options: of the policy.
+        blocks: dotted path of the list of blocks, where the model has several or none is found.
+        rows: sizes of the micro-batches; the first is the present one.
+
+    Raises:
+        ConfigError: the data are a stream.
+    """
+    model: Any = trainer.model
+    stack, state = BlockStack.find(model, blocks), capture()
+    bench, freezer = _bench(trainer, stack, _longest(trainer)), Freezer(stack)
+    way = Way(level, bool(getattr(trainer.args, _checkpointing(trainer.args))))
+    try:
+        sizes, cost = _sizes(bench, rows[0]), _optimizer_cost(trainer, stack)
+        frozen = _freeze(freezer, create(policy, options, plan_for(stack, 1, 1, 1)), sizes, cost)
+        found = MemoryModel.measure(bench, (), frozen.cost, frozen.resting, frozen.held)
+        found.activations[way] = found.calibrated(bench, way, rows[0])
+        accumulates = trainer.args.gradient_accumulation_steps > 1
+        peaks = [
+            [found.peak(way, size, depth, accumulates=accumulates) for size in rows] for depth in range(len(stack) + 1)
+        ]
+        freezer.release()
+        ordinary, more = _bench(trainer, stack, _ordinary(trainer)), max(2, rows[0])
+        seconds = [ordinary.seconds(way, size) for size in (more // 2, more)]
+        return Profile(peaks, max(0.0, seconds[1] - seconds[0]) / (more - more // 2))
+    finally:
+        freezer.release()
+        model.zero_grad(set_to_none=True)
+        restore(state)
+
+
 @contextmanager
 def _applied(trainer: Trainer, plan: MemoryPlan) -> Iterator[None]:
     """The Trainer's settings follow ``plan`` for the length of a run."""
@@ -118,7 +169,7 @@ def _applied(trainer: Trainer, plan: MemoryPlan) -> Iterator[None]:
     before = {name: getattr(args, name) for name in names}
     size, accepts = trainer._train_batch_size, trainer.model_accepts_loss_kwargs
     hooked = bool(getattr(trainer.model, "_require_grads_hooks", None))
-    ignores = plan.steps > 1 and _ignores_items(trainer)
+    ignores = plan.steps > 1 and ignores_items(trainer)
     if plan.steps > 1:
         args.per_device_train_batch_size //= plan.steps
         args.gradient_accumulation_steps *= plan.steps
@@ -146,13 +197,7 @@ def _fit(
     """The first of several sets of options of a policy that can be made to fit (its number), and how."""
     model: Any = trainer.model
     stack = BlockStack.find(model, blocks)
-    bench = Bench(
-        stack,
-        _longest(trainer),
-        # Not the Trainer's own context: in transformers 5 it is empty, and autocast comes with the wrapped model.
-        lambda inputs: cast(Tensor, trainer.compute_loss(model, dict(inputs))),
-        trainer.accelerator.autocast,
-    )
+    bench = _bench(trainer, stack, _longest(trainer))
     cost, sizes = _optimizer_cost(trainer, stack), None
     failed: BudgetError | None = None
     for number, options in enumerate(choices):
@@ -180,6 +225,17 @@ def _fit(
             model.zero_grad(set_to_none=True)
     assert failed is not None, "there is at least one choice"
     raise failed
+
+
+def _bench(trainer: Trainer, stack: BlockStack, batch: Callable[[int], Mapping[str, Any]]) -> Bench:
+    model: Any = trainer.model
+    return Bench(
+        stack,
+        batch,
+        # Not the Trainer's own context: in transformers 5 it is empty, and autocast comes with the wrapped model.
+        lambda inputs: cast(Tensor, trainer.compute_loss(model, dict(inputs))),
+        trainer.accelerator.autocast,
+    )
 
 
 class _Frozen(NamedTuple):
@@ -256,16 +312,16 @@ def _may_split(trainer: Trainer) -> bool:
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return False
     # Of losses that are not divided the Trainer adds up those of its micro-batches: more of them would be another sum.
-    return trainer.args.gradient_accumulation_steps == 1 or not _ignores_items(trainer)
+    return trainer.args.gradient_accumulation_steps == 1 or not ignores_items(trainer)
 
 
 @torch.no_grad()
-def _ignores_items(trainer: Trainer) -> bool:
+def ignores_items(trainer: Trainer) -> bool:
     """Whether the model takes the number of items in a batch, and does not scale its loss by it."""
     if not trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None:
         return False
     model: Any = trainer.model
-    data, collate = _readable(trainer)
+    data, collate = readable(trainer)
     training, state = model.training, capture()
     try:
         inputs = trainer._prepare_inputs(collate([data[0]]))
@@ -280,7 +336,7 @@ def _ignores_items(trainer: Trainer) -> bool:
     return bool(torch.equal(cast(Tensor, one), cast(Tensor, two)))
 
 
-def _readable(trainer: Trainer) -> tuple[Any, Callable[[list[Any]], Any]]:
+def readable(trainer: Trainer) -> tuple[Any, Callable[[list[Any]], Any]]:
     """The training data, and what makes a batch of some of their rows, as the Trainer's own loader does."""
     data: Any = trainer.train_dataset
     if data is None or isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
@@ -292,12 +348,18 @@ def _readable(trainer: Trainer) -> tuple[Any, Callable[[list[Any]], Any]]:
 
 def _longest(trainer: Trainer) -> Callable[[int], Mapping[str, Any]]:
     """A function from a number of samples to the largest batch of that many that the data bring."""
-    data, collate = _readable(trainer)
+    data, collate = readable(trainer)
     looked = range(0, len(data), max(1, len(data) // _LOOKED_AT))
     if len(looked) < len(data):
         logger.info("the longest of %d rows of %d stand for all of them", len(looked), len(data))
     rows = heapq.nlargest(trainer.args.per_device_train_batch_size, looked, key=lambda row: _size(data[row]))
     return lambda count: trainer._prepare_inputs(collate([data[rows[n % len(rows)]] for n in range(count)]))
+
+
+def _ordinary(trainer: Trainer) -> Callable[[int], Mapping[str, Any]]:
+    """A function from a number of samples to a batch of that many from all over the data."""
+    data, collate = readable(trainer)
+    return lambda count: trainer._prepare_inputs(collate([data[n * len(data) // count] for n in range(count)]))
 
 
 def _size(row: Any) -> int:

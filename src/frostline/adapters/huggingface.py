@@ -246,7 +246,7 @@ class Frost:
             self.engine.save(
                 directory,
                 epoch_start=self._epoch_start,
-                loss={"sum": loss, "logged_step": trainer._globalstep_last_logged},
+                loss={"sum": loss, "steps": trainer.state.global_step - trainer._globalstep_last_logged},
                 memory=self._fitting.plan.numbers() if self._fitting.plan is not None else None,
             )
         trainer.accelerator.wait_for_everyone()
@@ -315,12 +315,12 @@ class Frost:
         self._steps_per_epoch = per_epoch
         self._saved_epoch_start = None
         self._read_this_step = self._at_boundary = self._save_due = False
-        if state.global_step > 0 and self._resume_from is not None:
+        if self._resume_from is not None:
             self._at_boundary = state.global_step % per_epoch == 0
             if has_state(self._resume_from):
                 saved = self.engine.load(self._resume_from)
                 self._saved_epoch_start = None if self._at_boundary else saved["epoch_start"]
-                self._restore_loss(saved["loss"])
+                self._restore_loss(saved["loss"], state.global_step)
             else:
                 self._start_anew(state.global_step)
             patient = any(isinstance(c, EarlyStoppingCallback) for c in trainer.callback_handler.callbacks)
@@ -333,10 +333,10 @@ class Frost:
         if trainer.neftune_noise_alpha is not None:
             self.engine.limit("neftune", "NEFTune noise ends when the stem freezes: a frozen prefix is deterministic")
 
-    def _restore_loss(self, saved: dict[str, Any]) -> None:
+    def _restore_loss(self, saved: dict[str, Any], step: int) -> None:
         trainer = self.trainer
         trainer._tr_loss += saved["sum"]
-        trainer._globalstep_last_logged = saved["logged_step"]
+        trainer._globalstep_last_logged = step - saved["steps"]
         # The mean loss that train() returns is, in the Trainer, that of this call's own steps: it stays so.
         trainer._total_loss_scalar -= saved["sum"]
 

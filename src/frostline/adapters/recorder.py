@@ -49,6 +49,8 @@ class Recorder(TrainerCallback, ExportableState):
             as well, and cuts the log back to the checkpoint when the run resumes.
         earlier: seconds that went by for this run before the recorder was made (imports, data).
         on_first_step: called once, when the first optimizer step is done.
+        epoch: samples in an epoch, where that is less than the data hold.
+        shown: whether there is a progress bar.
     """
 
     def __init__(
@@ -59,8 +61,11 @@ class Recorder(TrainerCallback, ExportableState):
         plain: bool,
         earlier: float = 0.0,
         on_first_step: Callable[[], None] | None = None,
+        epoch: int | None = None,
+        shown: bool = True,
     ) -> None:
         self.log, self.title, self.plain = log, title, plain
+        self._epoch, self._shown = epoch, shown
         self.frost: Frost | None = None
         self.steps = self.samples = 0
         self.metrics: dict[str, Any] = {}
@@ -93,6 +98,8 @@ class Recorder(TrainerCallback, ExportableState):
         return {
             "args": {},
             "attributes": {
+                "steps": self.steps,
+                "samples": self.samples,
                 "log_offset": self.log.offset(),
                 "elapsed": self._elapsed(),
                 "spent": self._split(),
@@ -105,7 +112,10 @@ class Recorder(TrainerCallback, ExportableState):
             },
         }
 
-    def _restore(self, saved: dict[str, Any]) -> None:
+    def _restore(self, saved: dict[str, Any], step: int) -> None:
+        # The Trainer counts in steps of this stage, where a run has several: see frostline.packing.
+        self._ahead = saved["steps"] - step
+        self._clock.resume(saved["steps"], saved["samples"])
         self._earlier += saved["elapsed"]
         self._spent, self._closed, self._depth = dict(saved["spent"]), dict(saved["closed"]), saved["depth"]
         # The engine restores its own counters; kept here too they would count twice.
@@ -123,14 +133,17 @@ class Recorder(TrainerCallback, ExportableState):
         loader = kwargs["train_dataloader"]
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         per_epoch = max(1, math.ceil(len(loader) / args.gradient_accumulation_steps))
-        self._clock = Clock(per_epoch, 1, batch, len(loader.dataset))  # nobody asks it how many epochs are left
+        # Nobody asks it how many epochs are left.
+        self._clock, self._ahead = Clock(per_epoch, 1, batch, self._epoch or len(loader.dataset)), 0
         self._interval_steps = max(1, round(per_epoch / _INTERVALS_PER_EPOCH))
         self._reset()
         # Read from a checkpoint it is a dictionary of states; at a fresh start it holds the callbacks' first ones.
         states: Any = state.stateful_callbacks
-        saved = states.get(type(self).__name__) if state.global_step and isinstance(states, dict) else None
+        saved = states.get(type(self).__name__) if isinstance(states, dict) else None
+        if isinstance(saved, dict) and not saved["attributes"]["steps"]:
+            saved = None
         if isinstance(saved, dict):
-            self._restore(saved["attributes"])
+            self._restore(saved["attributes"], state.global_step)
         self._count(state)
         if self.plain:
             self._log_plain_start(kwargs["model"], saved)
@@ -142,6 +155,7 @@ class Recorder(TrainerCallback, ExportableState):
             desc=self.title,
             mininterval=0.2 if sys.stderr.isatty() else 30.0,
             dynamic_ncols=True,
+            disable=not self._shown,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
 
@@ -256,7 +270,7 @@ class Recorder(TrainerCallback, ExportableState):
         return seconds
 
     def _count(self, state: TrainerState) -> None:
-        self._clock.step = self.steps = state.global_step
+        self._clock.step = self.steps = state.global_step + self._ahead
         self.samples = self._clock.samples
 
     def _split(self) -> dict[str, float]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["process_start", "register"]
+__all__ = ["register"]
 
 _EPILOG = """Examples:
 
@@ -39,14 +36,14 @@ def register(app: typer.Typer) -> None:
         The output directory is `runs/NAME-seedN` unless `output_dir` says otherwise. Policies: gradient-norm
         (AutoFreeze), static, ramp, random-blocks (LISA), none.
         """
-        started = process_start()
         from rich.console import Console
 
+        from frostline.clock import process_start
         from frostline.recipes.runner import run as run_recipe
         from frostline.recipes.schema import load_recipe
         from frostline.report import compare
 
-        result = run_recipe(load_recipe(recipe, overrides or []), started=started)
+        result = run_recipe(load_recipe(recipe, overrides or []), started=process_start())
         console = Console()
         if result.baseline is not None:
             comparison = compare(result.directory, result.directory / "baseline")
@@ -71,15 +68,3 @@ def _in_short(summary: dict[str, object]) -> str:
     shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     training = sum(seconds[phase] for phase in TRAINING_PHASES)
     return f"{Summary(summary)}\n{split}: {shown}\n{training:.1f} s training, {seconds['total']:.1f} s in all"
-
-
-def process_start() -> float:
-    """When this process started, in seconds since the epoch; where the system does not say, when this is called."""
-    now = time.time()
-    try:
-        # Field 22 of /proc/self/stat, counted after the name (which may hold spaces), in clock ticks since boot.
-        ticks = int(Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19])
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError, ValueError, IndexError):
-        return now
-    return now - max(0.0, age)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from frostline.errors import ConfigError, ResumeError
 from frostline.recipes.document import read_yaml
@@ -23,6 +24,9 @@ _PARTS = (
     "model",
     "model.tmp",
     "events.jsonl",
+    "stages.json",
+    "stages.json.tmp",
+    "launch.json",
     "summary.json",
     "summary.json.tmp",
     "report.html",
@@ -32,7 +36,7 @@ _PARTS = (
 _ASIDE = ".replaced"
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes.
-_MAY_DIFFER = frozenset({"name", "output_dir", "resume", "overwrite", "threads", "baseline"})
+_MAY_DIFFER = frozenset({"name", "output_dir", "resume", "overwrite", "threads", "baseline", "pack.price"})
 
 
 class RunDirectory:
@@ -79,11 +83,15 @@ class RunDirectory:
             )
 
     def _compare(self, stored: Path) -> None:
-        there, here = (dict(_flat(tree)) for tree in (read_yaml(stored), self._recipe.model_dump(mode="json")))
+        # A run of an earlier version knows less sections: they were as the default is.
+        defaults = {name: field.default for name, field in Recipe.model_fields.items()}
+        sections = {name: d.model_dump(mode="json") for name, d in defaults.items() if isinstance(d, BaseModel)}
+        trees = {**sections, **read_yaml(stored)}, self._recipe.model_dump(mode="json")
+        there, here = (dict(_flat(tree)) for tree in trees)
         differences = [
             f"{key} is {here.get(key)!r}, there {there.get(key)!r}"
             for key in sorted(here.keys() | there.keys())
-            if here.get(key) != there.get(key) and key.split(".")[0] not in _MAY_DIFFER
+            if here.get(key) != there.get(key) and not {key, key.split(".")[0]} & _MAY_DIFFER
         ]
         if differences:
             raise ResumeError(

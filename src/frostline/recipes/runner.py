@@ -15,22 +15,28 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, set_seed
 from transformers.utils import logging as hf_logging
 
 from frostline.adapters.checkpoints import newest_complete
+from frostline.adapters.fitting import ignores_items
 from frostline.adapters.huggingface import Frost, attach
 from frostline.adapters.recorder import Recorder, plain_metrics
+from frostline.adapters.staging import ordered_loader
 from frostline.errors import ConfigError, FrostlineError, ResumeError
 from frostline.events import EventLog, environment, json_safe
 from frostline.memory import MemoryOptions
+from frostline.packing import Order, Stages
 from frostline.recipes.directory import RunDirectory, write_recipe
+from frostline.recipes.ranks import agreed, is_first, rank, ranks
 from frostline.recipes.schema import FreezeSection, Recipe, Schedule
+from frostline.recipes.staged import Launch, Staged, continued
 from frostline.recipes.training import build_arguments
 from frostline.tasks.classification import Prepared
 from frostline.tasks.registry import TASKS
 
-__all__ = ["RunInterrupted", "RunResult", "prepare", "run"]
+__all__ = ["RunInterrupted", "RunResult", "prepare", "run", "run_stage"]
 
 SUMMARY_VERSION = 1
 
@@ -65,26 +71,50 @@ def run(recipe: Recipe, *, started: float | None = None) -> RunResult:
         FrostlineError: anything a user can act on. If training had not begun, nothing is left behind.
         RunInterrupted: Ctrl-C.
     """
-    started = time.time() if started is None else started
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("a recipe runs in one process: for several, use frostline.attach in a script of your own")
+    if ranks() > 1:
+        raise ConfigError(f"{ranks()} processes: start a recipe on several ranks with frostline launch")
+    if recipe.pack.mode != "none":
+        raise ConfigError(f"pack.mode={recipe.pack.mode} changes the run's processes: start it with frostline launch")
+    result = _run(recipe, time.time() if started is None else started)
+    assert result is not None, "a run that was not launched has no stages"
+    return result
+
+
+def run_stage(recipe: Recipe, launch: Launch, *, started: float) -> RunResult | None:
+    """Run the stage of ``recipe`` that this process, one of those of ``launch``, is to train.
+
+    Returns:
+        The finished run; ``None`` where another stage follows.
+
+    Raises:
+        As :func:`run` does.
+    """
+    ours = agreed(lambda: continued(recipe, launch))
+    return _run(ours, started, launch) if ours is not None else None
+
+
+def _run(recipe: Recipe, started: float, launch: Launch | None = None) -> RunResult | None:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    directory = RunDirectory(recipe)
+    directory = agreed(lambda: RunDirectory(recipe))
     try:
         with _one_progress_bar():
             if recipe.resume:
-                _require_progress(recipe)
+                agreed(lambda: _require_progress(recipe))
             data = prepare(recipe)
-            directory.start()
+            agreed(directory.start)
             setup = time.time() - started
-            summary = _side(recipe, data, setup, directory.commit)
+            staged = Staged(recipe, launch, len(data.train), started) if launch is not None else None
+            summary = _side(recipe, data, setup, directory.commit if is_first() else None, staged)
+            if summary is None:
+                return None
             baseline = _baseline(recipe, data, setup) if recipe.baseline == "full" else None
         return RunResult(directory.path, summary, baseline)
     except KeyboardInterrupt:
-        raise RunInterrupted(_farewell(recipe, directory.abandon())) from None
+        raise RunInterrupted(_farewell(recipe, is_first() and directory.abandon())) from None
     except BaseException:
-        directory.abandon()
+        if is_first():
+            directory.abandon()
         raise
 
 
@@ -105,24 +135,38 @@ def _baseline(recipe: Recipe, data: Prepared, setup: float) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         write_recipe(plain, folder)
-    return _side(plain, data, setup)
+    summary = _side(plain, data, setup)
+    assert summary is not None, "plain fine-tuning has no stages"
+    return summary
 
 
 def _side(
-    recipe: Recipe, data: Prepared, setup: float, on_first_step: Callable[[], None] | None = None
-) -> dict[str, Any]:
-    """One side of a run, from the untrained model to ``summary.json``. A side that is finished is not repeated."""
+    recipe: Recipe,
+    data: Prepared,
+    setup: float,
+    on_first_step: Callable[[], None] | None = None,
+    staged: Staged | None = None,
+) -> dict[str, Any] | None:
+    """One side of a run, from the untrained model to ``summary.json``. A side that is finished is not repeated.
+
+    ``None``: a stage of a launched run has ended, and another one follows.
+    """
     folder, freeze = recipe.directory, recipe.freeze
-    plain, finished, checkpoints = freeze.policy == "none", folder / "summary.json", folder / "checkpoints"
+    plain, finished = freeze.policy == "none", folder / "summary.json"
+    checkpoints = staged.checkpoints if staged is not None else folder / "checkpoints"
     resume_from: Path | None = None
     if recipe.resume:
-        if finished.is_file():
-            return dict(json.loads(finished.read_text(encoding="utf-8")))
-        resume_from = newest_complete(checkpoints, ours=not plain)
+        # One rank looks: a file system of several hosts may not show all of them the same yet.
+        if agreed(finished.is_file):
+            return agreed(lambda: dict(json.loads(finished.read_text(encoding="utf-8"))))
+        resume_from = agreed(lambda: newest_complete(checkpoints, ours=not plain))
+        if staged is not None and staged.has_ended(resume_from):
+            return None
     recorder = Recorder(
-        EventLog(folder / "events.jsonl"), title=recipe.name, plain=plain, earlier=setup, on_first_step=on_first_step
-    )
-    trainer = _trainer(recipe, data, checkpoints)
+        EventLog(folder / "events.jsonl" if is_first() else None), title=recipe.name, plain=plain, earlier=setup,
+        on_first_step=on_first_step, epoch=staged.order.samples if staged is not None else None, shown=is_first(),
+    )  # fmt: skip
+    trainer = _trainer(recipe, data, checkpoints, staged)
     trainer.add_callback(recorder)
     frost = attach(
         trainer,
@@ -135,27 +179,41 @@ def _side(
         **freeze.options,
     )
     recorder.watch(frost)
+    if staged is not None:
+        staged.watch(trainer, frost)
     with _readable_failures(folder, checkpoints):
         try:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         finally:
             recorder.close()
+        if staged is not None and staged.ends():
+            frost.detach()
+            return None
         _evaluate_at_the_end(trainer, recorder)
         test = _test(trainer, data)
-        _save_model(trainer, data, folder / "model")
+        if is_first():
+            _save_model(trainer, data, folder / "model")
         recorder.saved()
         summary = _summary(recipe, frost, recorder, test)
-        _write_json(finished, summary)
+        if is_first():
+            _write_json(finished, summary)
         frost.detach()
     return summary
 
 
-class _StepScheduleTrainer(Trainer):
-    """A Trainer whose learning rate follows a recipe's ``schedule``, where there is one."""
+class _RecipeTrainer(Trainer):
+    """A Trainer whose learning rate follows a recipe's ``schedule``, and whose samples an ``order``, where given."""
 
-    def __init__(self, *args: Any, schedule: Schedule | None, **kwargs: Any) -> None:
-        self._schedule = schedule
+    def __init__(self, *args: Any, schedule: Schedule | None, order: Order | None, **kwargs: Any) -> None:
+        self._schedule, self._order = schedule, order
         super().__init__(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return super().get_train_dataloader() if self._order is None else ordered_loader(self, self._order)
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        sampler = dataloader.batch_sampler
+        return sampler.samples if isinstance(sampler, Order) else super().num_examples(dataloader)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         schedule = self._schedule
@@ -169,20 +227,27 @@ class _StepScheduleTrainer(Trainer):
         return self.lr_scheduler
 
 
-def _trainer(recipe: Recipe, data: Prepared, checkpoints: Path) -> Trainer:
+def _trainer(recipe: Recipe, data: Prepared, checkpoints: Path, staged: Staged | None) -> Trainer:
     set_seed(recipe.seed)
-    trainer = _StepScheduleTrainer(
+    settings = staged.settings() if staged is not None else recipe.training
+    trainer = _RecipeTrainer(
         model=TASKS[recipe.task].build_model(data, recipe.model, recipe.seed),
-        args=build_arguments(recipe.training, checkpoints, seed=recipe.seed),
+        args=build_arguments(settings, checkpoints, seed=recipe.seed),
         train_dataset=data.train,
         eval_dataset=data.validation,
         data_collator=data.collator,
         processing_class=data.processor,
         compute_metrics=data.compute_metrics,
         schedule=recipe.schedule,
+        order=staged.order if staged is not None else None,
     )
     # It prints every log as a dictionary over our progress bar.
     trainer.remove_callback(PrinterCallback)
+    if staged is not None:
+        if ignores_items(trainer):
+            # The Trainer would take its mean loss for a sum, and multiply it by the number of ranks.
+            trainer.model_accepts_loss_kwargs = False
+        set_seed(recipe.seed + rank())  # or the ranks would draw the same masks
     return trainer
 
 
@@ -238,10 +303,12 @@ def _require_progress(recipe: Recipe) -> None:
     folder = recipe.directory
     if (folder / "summary.json").is_file():
         return
-    if newest_complete(folder / "checkpoints", ours=recipe.freeze.policy != "none") is None:
+    checkpoints, stages = folder / "checkpoints", Stages.read(folder)
+    if stages is not None:
+        checkpoints = stages.current.checkpoints(checkpoints)
+    if newest_complete(checkpoints, ours=recipe.freeze.policy != "none") is None:
         raise ResumeError(
-            f"nothing to resume: no complete checkpoint in {str(folder / 'checkpoints')!r}; start again with "
-            "overwrite=true"
+            f"nothing to resume: no complete checkpoint in {str(checkpoints)!r}; start again with overwrite=true"
         )
 
 

@@ -20,6 +20,7 @@ from pydantic import (
 from frostline.cache import CacheOptions
 from frostline.errors import ConfigError, choices_message
 from frostline.memory import MemoryOptions
+from frostline.packing import PackOptions
 from frostline.policies.registry import validate
 from frostline.recipes.document import apply_overrides, read_yaml
 from frostline.recipes.library import recipe_path
@@ -99,6 +100,7 @@ class Recipe(_Section):
     freeze: FreezeSection = FreezeSection()
     cache: CacheOptions = CacheOptions()
     memory: MemoryOptions = MemoryOptions()
+    pack: PackOptions = PackOptions()
     schedule: Schedule | None = None
     training: dict[str, Any] = Field(default_factory=dict, validate_default=True)
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -175,6 +177,7 @@ def _task(info: ValidationInfo) -> Task | None:
 _SECTIONS: dict[str, type[BaseModel]] = {
     "cache": CacheOptions,
     "memory": MemoryOptions,
+    "pack": PackOptions,
     "schedule": Schedule,
 }
 

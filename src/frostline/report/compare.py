@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frostline.errors import FrostlineError
+from frostline.packing import account, cost_of
 from frostline.report.run import Point, Run, load_run
+from frostline.report.stages import price_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -88,6 +90,7 @@ def compare(first: Run | str | Path, second: Run | str | Path) -> Comparison:
         Row("total seconds", _seconds(a.seconds.get("total")), _seconds(b.seconds.get("total"))),
         Row(f"training speed-up over {over}", faster[0][0], faster[1][0]),
         Row(f"total speed-up over {over}", faster[0][1], faster[1][1]),
+        *_packed(a, b),
         Row("final depth (blocks frozen)", depth_text(a), depth_text(b)),
         Row("trajectory (depth from sample)", trajectory_text(a.trajectory), trajectory_text(b.trajectory)),
         Row("decisions", str(len(a.decisions)), str(len(b.decisions))),
@@ -175,6 +178,22 @@ def speed_ups(reference: Run, run: Run) -> tuple[str, str]:
     )
     training, total = (f"{before / after:.2f}x" if before and after else "-" for before, after in pairs)
     return training, total
+
+
+def _packed(a: Run, b: Run) -> list[Row]:
+    """What launched runs took of ranks and money."""
+    taken, prices = [account(run.path) for run in (a, b)], [price_of(run) for run in (a, b)]
+    if not any(taken):
+        return []
+    hours = [f"{sum(entry.rank_hours for entry in entries):.4f}" if entries else "-" for entries in taken]
+    rows = [Row("rank-hours", *hours)]
+    if any(price is not None for price in prices):
+        costs = [
+            f"{cost_of(entries, price):.4g}" if entries and price is not None else "-"
+            for entries, price in zip(taken, prices, strict=True)
+        ]
+        rows.append(Row("cost", *costs))
+    return rows
 
 
 def _metric(value: float | None) -> str:

@@ -6,16 +6,16 @@ as a build artefact and opened offline.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frostline.events import PHASES
 from frostline.report.compare import compare, depth_text, policy_text, speed_ups
-from frostline.report.pages import put_in_place, templates
+from frostline.report.pages import Numbers, Section, put_in_place, templates
 from frostline.report.run import Run, as_number, load_run, results
+from frostline.report.stages import stages_section
 
 if TYPE_CHECKING:
     from frostline.report.plots import Plot
@@ -23,26 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["render_report", "write_report"]
 
 _ROWS = 400  # a table longer than this is thinned out: the page must stay light; the log has every row
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """A table of the page; every cell is text."""
-
-    caption: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, what the plot shows, the plot, and the tables with its numbers."""
-
-    id: str
-    title: str
-    text: str
-    plot: Plot | None
-    tables: list[Numbers]
 
 
 def write_report(path: str | Path) -> Path:
@@ -67,6 +47,7 @@ def render_report(run: Run) -> str:
         _trajectory(run, plots.trajectory_plot(run)),
         _decisions(run, plots.decision_plot(run)),
         *_cache(run),
+        *stages_section(run),
         _losses(run, plots.loss_plot(run)),
         _evaluations(run, plots.evaluation_plot(run, _main_metric(run))),
         _time(run, plots.time_plot(run)),

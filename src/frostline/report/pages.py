@@ -1,8 +1,10 @@
-"""What every page has in common: its templates, and a file that is put in place whole or not at all."""
+"""What pages have in common: sections and tables, templates, a file that is put in place whole or not at all."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,29 @@ from frostline.errors import FrostlineError
 if TYPE_CHECKING:
     import jinja2
 
-__all__ = ["put_in_place", "templates"]
+    from frostline.report.plots import Plot
+
+__all__ = ["Numbers", "Section", "put_in_place", "templates"]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A table of the page; every cell is text."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what the plot shows, the plot, and the tables with its numbers."""
+
+    id: str
+    title: str
+    text: str
+    plot: Plot | None
+    tables: list[Numbers]
 
 
 def templates(what: str) -> jinja2.Environment:
