@@ -20,6 +20,7 @@ from transformers import Trainer, TrainingArguments
 from frostline.adapters.randomness import capture, restore
 from frostline.blocks import BlockStack
 from frostline.briefing import plan_for
+from frostline.distributed import Buckets, from_first
 from frostline.errors import ConfigError
 from frostline.freezer import Freezer
 from frostline.memory import MemoryOptions
@@ -36,6 +37,8 @@ logger = logging.getLogger("frostline")
 
 # Rows of the training data that are looked through for the longest ones.
 _LOOKED_AT = 10_000
+# Whether the losses of micro-batches are divided already: an attribute of the Trainer since transformers 5.23.
+_SCALED = "loss_is_scaled_for_ga"
 
 
 class Fitting:
@@ -55,8 +58,6 @@ class Fitting:
             return
         if trainer.model_init is not None:
             raise ConfigError("memory.budget needs a model to measure: build the Trainer with model=, not model_init=")
-        if trainer.args.world_size > 1:
-            raise ConfigError("memory.budget is for one process in this version: with several ranks set memory.level")
 
     @property
     def level(self) -> str:
@@ -70,7 +71,7 @@ class Fitting:
 
     @contextmanager
     def run(self, resume_from: Path | None) -> Iterator[None]:
-        """The Trainer's settings are as the run fits; resumed, as it fitted before.
+        """The Trainer's settings are as the run fits; resumed, as it fitted before. The first rank says so for all.
 
         Raises:
             ConfigError: a budget that cannot be met, or a run that cannot be measured before it begins.
@@ -78,35 +79,40 @@ class Fitting:
         if self._memory.budget is None:
             yield
             return
-        batch = self._trainer.args.per_device_train_batch_size
-        saved = load_state(resume_from)[0].get("memory") if resume_from is not None and has_state(resume_from) else None
-        self.plan = MemoryPlan.from_numbers(saved) if saved else None
-        choices = self._choices()
-        if self.plan is not None and self.plan.policy in choices:
-            choices = [self.plan.policy]  # a run goes on under the options with which it began
-        else:
-            self.plan = None
-        if self.plan is None or (self.plan.budget, self.plan.rows * self.plan.steps) != (self._memory.budget, batch):
-            state = capture()
-            try:
-                number, plan = _fit(
-                    self._trainer,
-                    self._memory,
-                    self._policy,
-                    [{**self._options, **one} for one in choices],
-                    self._blocks,
-                )
-                self.plan = replace(plan, policy=choices[number])
-            finally:
-                restore(state)  # data that draw random numbers have drawn some
+        self.plan = MemoryPlan.from_numbers(_of_first(self._trainer, lambda: self._planned(resume_from).numbers()))
         logger.info("%s", self.plan)
         with _applied(self._trainer, self.plan):
             yield
+
+    def _planned(self, resume_from: Path | None) -> MemoryPlan:
+        """The plan of the checkpoint, where the run is still the same; else a new one."""
+        args = self._trainer.args
+        saved = load_state(resume_from)[0].get("memory") if resume_from is not None and has_state(resume_from) else None
+        kept = MemoryPlan.from_numbers(saved) if saved else None
+        choices = self._choices()
+        if kept is not None and kept.policy in choices:
+            before = (kept.budget, kept.rows * kept.steps, kept.ranks)
+            if before == (self._memory.budget, args.per_device_train_batch_size, args.world_size):
+                return kept
+            choices = [kept.policy]  # a run goes on under the options with which it began
+        state = capture()
+        try:
+            number, plan = _fit(
+                self._trainer, self._memory, self._policy, [{**self._options, **one} for one in choices], self._blocks
+            )
+        finally:
+            restore(state)  # data that draw random numbers have drawn some
+        return replace(plan, policy=choices[number], ranks=args.world_size)
 
     def _choices(self) -> list[Mapping[str, Any]]:
         """What the budget may change in the policy's options."""
         pages = next(cast(nn.Module, self._trainer.model).parameters()).device.type != "cpu"
         return list(validate(self._policy, self._options).choices(pages=pages))
+
+
+def _of_first(trainer: Trainer, make: Callable[[], Any]) -> Any:
+    """What ``make`` gives, a JSON value; with several ranks what it gives the first, because it measures."""
+    return from_first(make, trainer.args.device) if trainer.args.world_size > 1 else make()
 
 
 @contextmanager
@@ -116,16 +122,21 @@ def _applied(trainer: Trainer, plan: MemoryPlan) -> Iterator[None]:
     checkpointing = _checkpointing(args)
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", checkpointing, f"{checkpointing}_kwargs")
     before = {name: getattr(args, name) for name in names}
-    size, accepts = trainer._train_batch_size, trainer.model_accepts_loss_kwargs
+    own = ("_train_batch_size", "model_accepts_loss_kwargs", _SCALED)
+    kept = {name: getattr(trainer, name) for name in own if hasattr(trainer, name)}
     hooked = bool(getattr(trainer.model, "_require_grads_hooks", None))
-    ignores = plan.steps > 1 and _ignores_items(trainer)
+    ignores = plan.steps > 1 and _of_first(trainer, lambda: _ignores_items(trainer))
     if plan.steps > 1:
         args.per_device_train_batch_size //= plan.steps
         args.gradient_accumulation_steps *= plan.steps
         # Its loader goes by a copy; Accelerate's own count stays 1, because the Trainer divides the loss itself.
         trainer._train_batch_size = args.train_batch_size
+    if ignores:
         # Told that a model scales its loss by the number of items, the Trainer does not divide it; many do not.
-        trainer.model_accepts_loss_kwargs = accepts and not ignores
+        if _SCALED in kept:  # losses of ranks it goes on to add up
+            setattr(trainer, _SCALED, False)
+        else:
+            trainer.model_accepts_loss_kwargs = False
     adds = plan.checkpointing and not before[checkpointing]
     if adds:
         setattr(args, checkpointing, True)
@@ -137,7 +148,8 @@ def _applied(trainer: Trainer, plan: MemoryPlan) -> Iterator[None]:
             end_checkpointing(trainer.model, hooked=hooked)
         for name, value in before.items():
             setattr(args, name, value)
-        trainer._train_batch_size, trainer.model_accepts_loss_kwargs = size, accepts
+        for name, value in kept.items():
+            setattr(trainer, name, value)
 
 
 def _fit(
@@ -154,6 +166,7 @@ def _fit(
         trainer.accelerator.autocast,
     )
     cost, sizes = _optimizer_cost(trainer, stack), None
+    buckets = Buckets.of(model) if trainer.args.world_size > 1 else None
     failed: BudgetError | None = None
     for number, options in enumerate(choices):
         freezer = Freezer(stack)
@@ -170,6 +183,7 @@ def _fit(
                 rows=trainer.args.per_device_train_batch_size,
                 resting=frozen.resting,
                 held=frozen.held,
+                buckets=replace(buckets, asleep=frozen.asleep) if buckets is not None else None,
                 accumulates=trainer.args.gradient_accumulation_steps > 1,
                 splits=_may_split(trainer),
             )
@@ -183,11 +197,15 @@ def _fit(
 
 
 class _Frozen(NamedTuple):
-    """What a policy's heaviest decision leaves to count: see :class:`~frostline.memory.model.MemoryModel`."""
+    """What a policy's heaviest decision leaves to count: see :class:`~frostline.memory.model.MemoryModel`.
+
+    ``asleep``: bytes of what rests and stays in a data-parallel wrapper (:class:`~frostline.distributed.Buckets`).
+    """
 
     cost: OptimizerCost
     resting: int = 0
     held: int = 0
+    asleep: int = 0
 
 
 def _freeze(freezer: Freezer, policy: Policy[Any], sizes: Mapping[str, int], cost: OptimizerCost) -> _Frozen:
@@ -197,15 +215,16 @@ def _freeze(freezer: Freezer, policy: Policy[Any], sizes: Mapping[str, int], cos
     decision = policy.heaviest(sizes)
     freezer.apply(decision)
     below = stack.prefix_parameters(decision.depth)
-    resting = held = 0
-    if policy.moments == "keep":
-        resting = nbytes_of(p for name, p in trains.items() if not p.requires_grad and name not in below)
+    rests = nbytes_of(p for name, p in trains.items() if not p.requires_grad and name not in below)
+    resting = rests if policy.moments == "keep" else 0
+    cadence, held = policy.cadence(), 0
+    asleep = rests if cadence is not None and cadence.restless else 0
     if "gradient_sum" in policy.needs:  # in fp32, of the blocks
         held = sum(
             4 * p.numel() for name, p in trains.items() if p.requires_grad and isinstance(stack.owners[name], int)
         )
     copies = 1 if "weight_change" in policy.needs else 0  # of what trains, for the length of the optimizer's step
-    return _Frozen(OptimizerCost(cost.state, cost.step + copies), resting, held)
+    return _Frozen(OptimizerCost(cost.state, cost.step + copies), resting, held, asleep)
 
 
 def _sizes(bench: Bench, rows: int) -> dict[str, int]:
@@ -256,7 +275,10 @@ def _may_split(trainer: Trainer) -> bool:
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return False
     # Of losses that are not divided the Trainer adds up those of its micro-batches: more of them would be another sum.
-    return trainer.args.gradient_accumulation_steps == 1 or not _ignores_items(trainer)
+    # It adds up those of ranks, too, and an older one cannot be made to divide without ceasing to.
+    adds_up = trainer.args.world_size > 1 and not hasattr(trainer, _SCALED)
+    adds_up = adds_up or trainer.args.gradient_accumulation_steps > 1
+    return not adds_up or not _ignores_items(trainer)
 
 
 @torch.no_grad()
