@@ -24,8 +24,9 @@ from frostline.adapters.randomness import capture
 from frostline.errors import FrostlineError
 from frostline.memory import LiveBytes, saved
 from frostline.memory.planner import Considered, MemoryPlan
-from tests.adapters.hosts import Rows, bert, collate, trainer_for
+from tests.adapters.hosts import Rows, batches, bert, collate, trainer_for
 from tests.distributed.traffic import digest
+from tests.memory.steps import run
 
 ROOMY = 10**12
 POLICIES: dict[str, dict[str, Any]] = {
@@ -47,7 +48,9 @@ class Random(Rows):
     """Rows that draw from every generator when they are looked at."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        random.random(), np.random.rand(), torch.rand(())
+        random.random()
+        np.random.rand()
+        torch.rand(())
         return super().__getitem__(index)
 
 
@@ -126,6 +129,8 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     saved.SMALL = 2  # the tensors of a tiny model are packed too
+    # Each process makes the table of a code book once, for a moment in more bytes than the tiny model has.
+    run(bert(), batches(2)[0], "slimfit")
     found: dict[str, Any] = {name: _fitted(folder / name, **options) for name, options in POLICIES.items()}
     for name, options in FIRST.items():
         found[name] = _train(folder / name, ROOMY, born=60 if name == "born-frozen" else 0, **options)

@@ -21,7 +21,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_no_rank_exceeds_its_budget(name: str, ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         roomy, tight = rank[name]["roomy"], rank[name]["tight"]
-        assert 0.9 * roomy["plan"]["peak"] <= roomy["peak"] <= 1.05 * roomy["plan"]["peak"]
+        assert 0.85 * roomy["plan"]["peak"] <= roomy["peak"] <= 1.05 * roomy["plan"]["peak"]
         assert tight["plan"]["peak"] <= tight["plan"]["budget"]
         assert tight["peak"] <= 1.02 * tight["plan"]["budget"], "the Trainer's own sums and batches are not in the plan"
         assert tight["peak"] >= 0.85 * tight["plan"]["peak"], "counts what is never there"
