@@ -31,7 +31,6 @@ from tests.memory.steps import run
 ROOMY = 10**12
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {"policy": "none"},
-    "static": {"policy": "static", "depth": 1},
     "gradient-norm": {"policy": "gradient-norm", "initial_depth": 1},
     "random-blocks": {"policy": "random-blocks", "active": 1, "every": 2},
     "interlayer": {"policy": "interlayer", "share": "auto"},
@@ -60,7 +59,7 @@ def _train(folder: Path, budget: int, *, resume: bool = False, born: int = 0, **
     model = bert(hidden_size=128, intermediate_size=256)
     for parameter in list(model.parameters())[:born]:
         parameter.requires_grad_(False)
-    trainer = trainer_for(folder, model, rows=Rows(64, length=16), **steps)
+    trainer = trainer_for(folder, model, rows=Rows(48, length=16), **steps)
     frost = frostline.attach(trainer, memory={"budget": budget}, **options)
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         trainer.train(resume_from_checkpoint=resume or None)
