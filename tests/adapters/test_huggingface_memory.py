@@ -15,6 +15,7 @@ from frostline.adapters import fitting
 from frostline.errors import ConfigError, ModelError, ResumeError
 from frostline.memory import LiveBytes
 from frostline.memory.planner import Considered, MemoryPlan
+from frostline.state import load_state, save_state
 from tests.adapters.hosts import Rows, bert, trainer_for
 from tests.memory.steps import everything_packs, packed_roles
 
@@ -258,6 +259,22 @@ def test_a_plan_of_another_batch_or_budget_is_made_anew(tmp_path: Path) -> None:
     frost = frostline.attach(again, "none", memory={"budget": "1GiB"})
     again.train(resume_from_checkpoint=True)
     assert rows_of_a_budget(frost)[-1]["steps"] == 1
+
+
+def test_a_plan_of_more_ranks_is_made_anew(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_for(tmp_path, max_steps=2, **settings)
+    frostline.attach(trainer, "none", memory={"budget": "1GiB"})
+    trainer.train()
+    values, tensors = load_state(tmp_path / "checkpoint-2")
+    values["memory"] |= {"ranks": 2, "peak": 1}
+    save_state(tmp_path / "checkpoint-2", values, tensors)
+    again = trainer_for(tmp_path, max_steps=3, **settings)
+    frost = frostline.attach(again, "none", memory={"budget": "1GiB"})
+    again.train(resume_from_checkpoint=True)
+    plan = rows_of_a_budget(frost)[-1]
+    assert plan["ranks"] == 1
+    assert plan["peak"] > 1
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])

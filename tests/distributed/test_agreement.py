@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from frostline.distributed import Agreement
+from frostline.distributed import Agreement, from_first
+from frostline.errors import ConfigError
 
 LAYERS = ("blocks.0.weight", "blocks.1.weight")
 
@@ -44,3 +45,15 @@ def test_what_is_no_number_arrives_as_such() -> None:
     )
     assert list(seen["scores"]) == [2]
     assert math.isnan(seen["scores"][2])
+
+
+def test_what_the_first_rank_makes() -> None:
+    """Across ranks: ``tests/adapters/test_budget_ranks.py``."""
+    made = {"a": [1, 0.1, math.inf, None, "ä"]}
+    assert from_first(lambda: made, torch.device("cpu")) == made
+
+    def fails() -> None:
+        raise ConfigError("that cannot be")
+
+    with pytest.raises(ConfigError, match="that cannot be"):
+        from_first(fails, torch.device("cpu"))

@@ -18,9 +18,10 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import frostline
-from frostline.distributed import Upkeep
+from frostline.distributed import Buckets, Upkeep
 from frostline.distributed.upkeep import _arguments, _beside
 from frostline.errors import ModelError
+from frostline.memory import LiveBytes
 from tests.adapters.hosts import batches, bert
 from tests.distributed.traffic import Traffic, active_bytes, counted
 
@@ -118,6 +119,29 @@ def test_wrapper_stays_and_its_reducer_goes() -> None:
     for _ in range(3):
         _step(ddp)
         assert traffic.taken() == active_bytes(model)
+
+
+@pytest.mark.parametrize("born_frozen", [0, 30])
+def test_buckets_are_as_large_as_the_gradients_and_never_two_sets(born_frozen: int) -> None:
+    """What memory budgets count on."""
+    model = bert()
+    for parameter in list(model.parameters())[:born_frozen]:
+        parameter.requires_grad_(False)
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        weights = live.now
+        ddp = DistributedDataParallel(model)
+        assert live.peak - weights == pytest.approx(Buckets.of(model).first, rel=0.01)
+        live.restart()
+        upkeep = Upkeep(ddp)
+        assert live.peak - weights == pytest.approx(active_bytes(model), rel=0.01)
+        for frozen in (40, 50, born_frozen):
+            before = live.now - weights
+            live.restart()
+            _freeze(upkeep, model, frozen)
+            assert live.peak - weights <= 1.01 * max(before, active_bytes(model))
+            for _ in range(3):  # they are made anew in the second step
+                _step(ddp)
+                assert live.now - weights == pytest.approx(active_bytes(model), rel=0.01)
 
 
 def test_nothing_is_done_where_nothing_changes() -> None:

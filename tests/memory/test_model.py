@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from frostline import BlockStack
+from frostline.distributed import Buckets
 from frostline.freezer import Freezer
 from frostline.memory import Bench, LiveBytes, MemoryModel, OptimizerCost, Way, optimizer_cost
 from frostline.memory.model import nbytes_of
@@ -93,6 +94,18 @@ def test_layers_at_rest_are_measured_as_they_are() -> None:
 def test_accumulated_gradients_stand_beside_all_activations() -> None:
     model = MemoryModel.measure(bench_of(BlockStack.find(bert())), [Way()], OptimizerCost(2.0, 0.0))
     assert model.peak(Way(), ROWS, accumulates=True) > model.peak(Way(), ROWS)
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_buckets_stand_beside_the_gradients_of_what_trains(depth: int) -> None:
+    """That they do: ``tests/distributed/test_contract.py``; in whole runs: ``tests/adapters/test_budget_ranks.py``."""
+    stack, cost = BlockStack.find(bert()), OptimizerCost(2.0, 0.0)
+    buckets = Buckets.of(stack.model)
+    alone, ranks = (MemoryModel.measure(bench_of(stack), [Way()], cost, buckets=b) for b in (None, buckets))
+    trains = sum(ranks.trains if depth == 0 else ranks.trains[depth + 1 :])
+    assert ranks.peak(Way(), ROWS, depth) == alone.peak(Way(), ROWS, depth) + trains
+    # Of one sample the activations are less than the buckets of all that is frozen later.
+    assert ranks.peak(Way(), 1, 5) == ranks.weights + 2 * sum(ranks.trains[6:]) + buckets.first
 
 
 @pytest.mark.parametrize(

@@ -1,41 +1,44 @@
-"""What a Trainer's run takes, measured before it trains on the longest batches of its data; fitting it to a budget."""
+"""A Trainer's run fitted into a memory budget, by steps that are measured before it trains."""
 
 from __future__ import annotations
 
-import contextlib
-import heapq
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
-from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainingArguments
+from torch import nn
+from transformers import Trainer
 
+from frostline.adapters.measuring import (
+    Frozen,
+    bench_of,
+    checkpointing_setting,
+    cost_of_optimizer,
+    freeze_heaviest,
+    ignores_items,
+    layer_sizes,
+)
 from frostline.adapters.randomness import capture, restore
 from frostline.blocks import BlockStack
 from frostline.briefing import plan_for
+from frostline.distributed import Buckets, from_first
 from frostline.errors import ConfigError
 from frostline.freezer import Freezer
 from frostline.memory import MemoryOptions
-from frostline.memory.model import Bench, MemoryModel, OptimizerCost, Way, end_checkpointing, nbytes_of, optimizer_cost
+from frostline.memory.model import Way
 from frostline.memory.planner import BudgetError, MemoryPlan, candidates, plan_memory
-from frostline.policies.base import Policy
 from frostline.policies.registry import create, validate
 from frostline.state import has_state, load_state
-from frostline.trace import first_tensor
 
-__all__ = ["Fitting", "Profile", "ignores_items", "profile", "readable"]
+__all__ = ["Fitting"]
 
 logger = logging.getLogger("frostline")
 
-# Rows of the training data that are looked through for the longest ones.
-_LOOKED_AT = 10_000
+# Whether the losses of micro-batches are divided already: an attribute of the Trainer since transformers 5.23.
+_SCALED = "loss_is_scaled_for_ga"
 
 
 class Fitting:
@@ -55,8 +58,6 @@ class Fitting:
             return
         if trainer.model_init is not None:
             raise ConfigError("memory.budget needs a model to measure: build the Trainer with model=, not model_init=")
-        if trainer.args.world_size > 1:
-            raise ConfigError("memory.budget is for one process in this version: with several ranks set memory.level")
 
     @property
     def level(self) -> str:
@@ -70,7 +71,7 @@ class Fitting:
 
     @contextmanager
     def run(self, resume_from: Path | None) -> Iterator[None]:
-        """The Trainer's settings are as the run fits; resumed, as it fitted before.
+        """The Trainer's settings are as the run fits; resumed, as it fitted before. The first rank says so for all.
 
         Raises:
             ConfigError: a budget that cannot be met, or a run that cannot be measured before it begins.
@@ -78,30 +79,30 @@ class Fitting:
         if self._memory.budget is None:
             yield
             return
-        batch = self._trainer.args.per_device_train_batch_size
-        saved = load_state(resume_from)[0].get("memory") if resume_from is not None and has_state(resume_from) else None
-        self.plan = MemoryPlan.from_numbers(saved) if saved else None
-        choices = self._choices()
-        if self.plan is not None and self.plan.policy in choices:
-            choices = [self.plan.policy]  # a run goes on under the options with which it began
-        else:
-            self.plan = None
-        if self.plan is None or (self.plan.budget, self.plan.rows * self.plan.steps) != (self._memory.budget, batch):
-            state = capture()
-            try:
-                number, plan = _fit(
-                    self._trainer,
-                    self._memory,
-                    self._policy,
-                    [{**self._options, **one} for one in choices],
-                    self._blocks,
-                )
-                self.plan = replace(plan, policy=choices[number])
-            finally:
-                restore(state)  # data that draw random numbers have drawn some
+        self.plan = MemoryPlan.from_numbers(_of_first(self._trainer, lambda: self._planned(resume_from).numbers()))
         logger.info("%s", self.plan)
         with _applied(self._trainer, self.plan):
             yield
+
+    def _planned(self, resume_from: Path | None) -> MemoryPlan:
+        """The plan of the checkpoint, where the run is still the same; else a new one."""
+        args = self._trainer.args
+        saved = load_state(resume_from)[0].get("memory") if resume_from is not None and has_state(resume_from) else None
+        kept = MemoryPlan.from_numbers(saved) if saved else None
+        choices = self._choices()
+        if kept is not None and kept.policy in choices:
+            before = (kept.budget, kept.rows * kept.steps, kept.ranks)
+            if before == (self._memory.budget, args.per_device_train_batch_size, args.world_size):
+                return kept
+            choices = [kept.policy]  # a run goes on under the options with which it began
+        state = capture()
+        try:
+            number, plan = _fit(
+                self._trainer, self._memory, self._policy, [{**self._options, **one} for one in choices], self._blocks
+            )
+        finally:
+            restore(state)  # data that draw random numbers have drawn some
+        return replace(plan, policy=choices[number], ranks=args.world_size)
 
     def _choices(self) -> list[Mapping[str, Any]]:
         """What the budget may change in the policy's options."""
@@ -109,74 +110,33 @@ class Fitting:
         return list(validate(self._policy, self._options).choices(pages=pages))
 
 
-class Profile(NamedTuple):
-    """What a step of a Trainer takes: what packing goes by.
-
-    Attributes:
-        peaks: bytes at its peak, by depth of the frost line and then by number of rows in a micro-batch.
-        row_seconds: of the forward and backward pass, for each further row of an ordinary batch.
-    """
-
-    peaks: list[list[int]]
-    row_seconds: float
-
-
-def profile(
-    trainer: Trainer, level: str, policy: str, options: Mapping[str, Any], blocks: str | None, rows: Sequence[int]
-) -> Profile:
-    """Measure a step of ``trainer`` before it trains; its model and the random state are as before afterwards.
-
-    Args:
-        trainer: not wrapped yet.
-        level: of compression.
-        policy: name of one that freezes.
-        options: of the policy.
-        blocks: dotted path of the list of blocks, where the model has several or none is found.
-        rows: sizes of the micro-batches; the first is the present one.
-
-    Raises:
-        ConfigError: the data are a stream.
-    """
-    model: Any = trainer.model
-    stack, state = BlockStack.find(model, blocks), capture()
-    bench, freezer = _bench(trainer, stack, _longest(trainer)), Freezer(stack)
-    way = Way(level, bool(getattr(trainer.args, _checkpointing(trainer.args))))
-    try:
-        sizes, cost = _sizes(bench, rows[0]), _optimizer_cost(trainer, stack)
-        frozen = _freeze(freezer, create(policy, options, plan_for(stack, 1, 1, 1)), sizes, cost)
-        found = MemoryModel.measure(bench, (), frozen.cost, frozen.resting, frozen.held)
-        found.activations[way] = found.calibrated(bench, way, rows[0])
-        accumulates = trainer.args.gradient_accumulation_steps > 1
-        peaks = [
-            [found.peak(way, size, depth, accumulates=accumulates) for size in rows] for depth in range(len(stack) + 1)
-        ]
-        freezer.release()
-        ordinary, more = _bench(trainer, stack, _ordinary(trainer)), max(2, rows[0])
-        seconds = [ordinary.seconds(way, size) for size in (more // 2, more)]
-        return Profile(peaks, max(0.0, seconds[1] - seconds[0]) / (more - more // 2))
-    finally:
-        freezer.release()
-        model.zero_grad(set_to_none=True)
-        restore(state)
+def _of_first(trainer: Trainer, make: Callable[[], Any]) -> Any:
+    """What ``make`` gives, a JSON value; with several ranks what it gives the first, because it measures."""
+    return from_first(make, trainer.args.device) if trainer.args.world_size > 1 else make()
 
 
 @contextmanager
 def _applied(trainer: Trainer, plan: MemoryPlan) -> Iterator[None]:
     """The Trainer's settings follow ``plan`` for the length of a run."""
     args = trainer.args
-    checkpointing = _checkpointing(args)
+    checkpointing = checkpointing_setting(args)
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", checkpointing, f"{checkpointing}_kwargs")
     before = {name: getattr(args, name) for name in names}
-    size, accepts = trainer._train_batch_size, trainer.model_accepts_loss_kwargs
+    own = ("_train_batch_size", "model_accepts_loss_kwargs", _SCALED)
+    kept = {name: getattr(trainer, name) for name in own if hasattr(trainer, name)}
     hooked = bool(getattr(trainer.model, "_require_grads_hooks", None))
-    ignores = plan.steps > 1 and ignores_items(trainer)
+    ignores = plan.steps > 1 and _of_first(trainer, lambda: ignores_items(trainer))
     if plan.steps > 1:
         args.per_device_train_batch_size //= plan.steps
         args.gradient_accumulation_steps *= plan.steps
         # Its loader goes by a copy; Accelerate's own count stays 1, because the Trainer divides the loss itself.
         trainer._train_batch_size = args.train_batch_size
+    if ignores:
         # Told that a model scales its loss by the number of items, the Trainer does not divide it; many do not.
-        trainer.model_accepts_loss_kwargs = accepts and not ignores
+        if _SCALED in kept:  # losses of ranks it goes on to add up
+            setattr(trainer, _SCALED, False)
+        else:
+            trainer.model_accepts_loss_kwargs = False
     adds = plan.checkpointing and not before[checkpointing]
     if adds:
         setattr(args, checkpointing, True)
@@ -188,7 +148,8 @@ def _applied(trainer: Trainer, plan: MemoryPlan) -> Iterator[None]:
             end_checkpointing(trainer.model, hooked=hooked)
         for name, value in before.items():
             setattr(args, name, value)
-        trainer._train_batch_size, trainer.model_accepts_loss_kwargs = size, accepts
+        for name, value in kept.items():
+            setattr(trainer, name, value)
 
 
 def _fit(
@@ -197,16 +158,17 @@ def _fit(
     """The first of several sets of options of a policy that can be made to fit (its number), and how."""
     model: Any = trainer.model
     stack = BlockStack.find(model, blocks)
-    bench = _bench(trainer, stack, _longest(trainer))
-    cost, sizes = _optimizer_cost(trainer, stack), None
+    bench = bench_of(trainer, stack)
+    cost, sizes = cost_of_optimizer(trainer, stack), None
+    buckets = Buckets.of(model) if trainer.args.world_size > 1 else None
     failed: BudgetError | None = None
     for number, options in enumerate(choices):
         freezer = Freezer(stack)
         try:
-            frozen = _Frozen(cost)
+            frozen = Frozen(cost)
             if policy != "none":
-                sizes = sizes or _sizes(bench, trainer.args.per_device_train_batch_size)
-                frozen = _freeze(freezer, create(policy, options, plan_for(stack, 1, 1, 1)), sizes, cost)
+                sizes = sizes or layer_sizes(bench, trainer.args.per_device_train_batch_size)
+                frozen = freeze_heaviest(freezer, create(policy, options, plan_for(stack, 1, 1, 1)), sizes, cost)
             return number, plan_memory(
                 bench,
                 _ways(trainer, memory),
@@ -215,6 +177,7 @@ def _fit(
                 rows=trainer.args.per_device_train_batch_size,
                 resting=frozen.resting,
                 held=frozen.held,
+                buckets=replace(buckets, asleep=frozen.asleep) if buckets is not None else None,
                 accumulates=trainer.args.gradient_accumulation_steps > 1,
                 splits=_may_split(trainer),
             )
@@ -227,81 +190,14 @@ def _fit(
     raise failed
 
 
-def _bench(trainer: Trainer, stack: BlockStack, batch: Callable[[int], Mapping[str, Any]]) -> Bench:
-    model: Any = trainer.model
-    return Bench(
-        stack,
-        batch,
-        # Not the Trainer's own context: in transformers 5 it is empty, and autocast comes with the wrapped model.
-        lambda inputs: cast(Tensor, trainer.compute_loss(model, dict(inputs))),
-        trainer.accelerator.autocast,
-    )
-
-
-class _Frozen(NamedTuple):
-    """What a policy's heaviest decision leaves to count: see :class:`~frostline.memory.model.MemoryModel`."""
-
-    cost: OptimizerCost
-    resting: int = 0
-    held: int = 0
-
-
-def _freeze(freezer: Freezer, policy: Policy[Any], sizes: Mapping[str, int], cost: OptimizerCost) -> _Frozen:
-    """Let the model be what ``policy`` makes of it where it takes most."""
-    stack = freezer.stack
-    trains = {name: parameter for name, parameter in stack.model.named_parameters() if parameter.requires_grad}
-    decision = policy.heaviest(sizes)
-    freezer.apply(decision)
-    below = stack.prefix_parameters(decision.depth)
-    resting = held = 0
-    if policy.moments == "keep":
-        resting = nbytes_of(p for name, p in trains.items() if not p.requires_grad and name not in below)
-    if "gradient_sum" in policy.needs:  # in fp32, of the blocks
-        held = sum(
-            4 * p.numel() for name, p in trains.items() if p.requires_grad and isinstance(stack.owners[name], int)
-        )
-    copies = 1 if "weight_change" in policy.needs else 0  # of what trains, for the length of the optimizer's step
-    return _Frozen(OptimizerCost(cost.state, cost.step + copies), resting, held)
-
-
-def _sizes(bench: Bench, rows: int) -> dict[str, int]:
-    """Bytes that each parameter takes when it trains: a gradient, moments, and the input that its module then keeps."""
-    inputs: dict[nn.Module, int] = {}
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = first_tensor(args, kwargs)
-        inputs[module] = given.numel() * given.element_size() if given is not None else 0
-
-    owners = {
-        f"{path}.{name}".lstrip("."): (module, parameter)
-        for path, module in bench.model.named_modules()
-        for name, parameter in module.named_parameters(recurse=False)
-    }
-    few = min(2, rows)
-    with contextlib.ExitStack() as hooks:
-        for module in {module for module, _ in owners.values()}:
-            hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        with bench.ready(Way()), torch.no_grad():
-            bench.forward(Way(), bench.batch(few))
-    return {
-        name: nbytes_of([parameter]) + inputs.get(module, 0) * rows // few
-        for name, (module, parameter) in owners.items()
-    }
-
-
 def _ways(trainer: Trainer, memory: MemoryOptions) -> list[Way]:
     """The ways in which a step may be run, the present one first."""
     model: Any = trainer.model
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return candidates("off", checkpoints=False)  # the model's own, which stays as it is
-    if getattr(trainer.args, _checkpointing(trainer.args)):
+    if getattr(trainer.args, checkpointing_setting(trainer.args)):
         return candidates("off", checkpoints=True)[1:]
     return candidates(memory.strongest, checkpoints=getattr(model, "supports_gradient_checkpointing", False))
-
-
-def _checkpointing(args: TrainingArguments) -> str:
-    """The setting's name: transformers has renamed it, and looks at the new one only."""
-    return "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
 
 
 def _may_split(trainer: Trainer) -> bool:
@@ -312,76 +208,7 @@ def _may_split(trainer: Trainer) -> bool:
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return False
     # Of losses that are not divided the Trainer adds up those of its micro-batches: more of them would be another sum.
-    return trainer.args.gradient_accumulation_steps == 1 or not ignores_items(trainer)
-
-
-@torch.no_grad()
-def ignores_items(trainer: Trainer) -> bool:
-    """Whether the model takes the number of items in a batch, and does not scale its loss by it."""
-    if not trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None:
-        return False
-    model: Any = trainer.model
-    data, collate = readable(trainer)
-    training, state = model.training, capture()
-    try:
-        inputs = trainer._prepare_inputs(collate([data[0]]))
-        model.eval()
-        one, two = (
-            trainer.compute_loss(model, dict(inputs), num_items_in_batch=torch.tensor(count, device=model.device))
-            for count in (1, 2)
-        )
-    finally:
-        model.train(training)
-        restore(state)
-    return bool(torch.equal(cast(Tensor, one), cast(Tensor, two)))
-
-
-def readable(trainer: Trainer) -> tuple[Any, Callable[[list[Any]], Any]]:
-    """The training data, and what makes a batch of some of their rows, as the Trainer's own loader does."""
-    data: Any = trainer.train_dataset
-    if data is None or isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
-        raise ConfigError("memory.budget: a stream cannot be looked through for its longest batch; set memory.level")
-    if hasattr(data, "column_names"):
-        return trainer._remove_unused_columns(data, description="training"), trainer.data_collator
-    return data, trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
-
-
-def _longest(trainer: Trainer) -> Callable[[int], Mapping[str, Any]]:
-    """A function from a number of samples to the largest batch of that many that the data bring."""
-    data, collate = readable(trainer)
-    looked = range(0, len(data), max(1, len(data) // _LOOKED_AT))
-    if len(looked) < len(data):
-        logger.info("the longest of %d rows of %d stand for all of them", len(looked), len(data))
-    rows = heapq.nlargest(trainer.args.per_device_train_batch_size, looked, key=lambda row: _size(data[row]))
-    return lambda count: trainer._prepare_inputs(collate([data[rows[n % len(rows)]] for n in range(count)]))
-
-
-def _ordinary(trainer: Trainer) -> Callable[[int], Mapping[str, Any]]:
-    """A function from a number of samples to a batch of that many from all over the data."""
-    data, collate = readable(trainer)
-    return lambda count: trainer._prepare_inputs(collate([data[n * len(data) // count] for n in range(count)]))
-
-
-def _size(row: Any) -> int:
-    """How much of a batch a row makes out."""
-    values = row.values() if isinstance(row, Mapping) else row if isinstance(row, (tuple, list)) else (row,)
-    return sum(
-        value.numel() if isinstance(value, Tensor) else len(value) for value in values if hasattr(value, "__len__")
-    )
-
-
-def _optimizer_cost(trainer: Trainer, stack: BlockStack) -> OptimizerCost:
-    """Of the Trainer's optimizer, measured on the largest weight of the last block."""
-    model: Any = trainer.model
-    optimizer: Any = trainer.optimizer
-    if optimizer is not None:
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper, after a first run
-        kind, settings = type(optimizer), dict(optimizer.defaults)
-    else:
-        kind, settings = Trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
-    # What an optimizer says of its groups is more than it takes when it is made.
-    taken = inspect.signature(kind).parameters
-    settings = {name: value for name, value in settings.items() if name in taken}
-    weights = [p for p in stack.parameters_of(len(stack) - 1).values() if p.is_floating_point()]
-    sample = max(weights, key=lambda p: (p.requires_grad, p.numel()))
-    return optimizer_cost(lambda parameters: kind(parameters, **settings), sample)
+    # It adds up those of ranks, too, and an older one cannot be made to divide without ceasing to.
+    adds_up = trainer.args.world_size > 1 and not hasattr(trainer, _SCALED)
+    adds_up = adds_up or trainer.args.gradient_accumulation_steps > 1
+    return not adds_up or not ignores_items(trainer)

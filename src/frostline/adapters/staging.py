@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import seed_worker
 
 from frostline.adapters.checkpoints import newest_complete
-from frostline.adapters.fitting import readable
 from frostline.adapters.huggingface import Frost
+from frostline.adapters.measuring import readable
 from frostline.errors import FrostlineError
 from frostline.packing import Job, Look, Order, Pace, PackOptions, Stage, Stages, carry, next_stage
 from frostline.state import load_state

@@ -1,6 +1,7 @@
 """Training on several ranks: what a data-parallel wrapper sends, and how the ranks agree."""
 
-from frostline.distributed.agreement import Agreement
+from frostline.distributed.agreement import Agreement, from_first
+from frostline.distributed.buckets import Buckets
 from frostline.distributed.shards import NOT_CACHED_SPLIT, NOT_COMPRESSED_SPLIT, is_split, put_back
 from frostline.distributed.upkeep import RESTLESS, UNEVEN, Upkeep
 
@@ -10,7 +11,9 @@ __all__ = [
     "RESTLESS",
     "UNEVEN",
     "Agreement",
+    "Buckets",
     "Upkeep",
+    "from_first",
     "is_split",
     "put_back",
 ]

@@ -2,18 +2,26 @@
 
 Gradients are reduced before they are measured, so every rank measures the same, and a mean of scores is never taken.
 But kernels of unlike devices round differently, and of two blocks that are nearly equal each rank could freeze
-another one. So a policy is shown what the first rank measured, on every rank.
+another one. So a policy is shown what the first rank measured, on every rank; and what takes a clock, or a while, the
+first rank does for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["Agreement"]
+from frostline.errors import ConfigError, DataError, FrostlineError, ModelError, ResumeError
+
+__all__ = ["Agreement", "from_first"]
+
+_KINDS: dict[str, type[FrostlineError]] = {
+    kind.__name__: kind for kind in (ConfigError, DataError, ModelError, ResumeError, FrostlineError)
+}
 
 
 class Agreement:
@@ -66,3 +74,41 @@ class Agreement:
         if value is not None and name != "interval_steps":
             found = 0.0 if key is None else value.get(key)
         return found
+
+
+def from_first(make: Callable[[], Any], device: torch.device) -> Any:
+    """What ``make`` gives the first of all ranks, on every rank; the others wait for it and make nothing.
+
+    Args:
+        make: gives a JSON value.
+        device: on which the ranks talk.
+
+    Raises:
+        FrostlineError: what ``make`` raised, of the same kind and with the same message on every rank. An error of
+            another kind is raised as it is on the first rank, and told of by the others.
+    """
+    told = b""
+    failed: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            told = json.dumps([None, make()]).encode()
+        except Exception as error:  # whatever it is, the others must not wait for ever
+            failed = error
+            told = json.dumps(_described(error)).encode()
+    size = torch.tensor([len(told)], device=device)
+    dist.broadcast(size, src=0)
+    text = torch.tensor(list(told) or [0] * int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(text, src=0)
+    if failed is not None:
+        raise failed
+    kind, found = json.loads(bytes(text.tolist()))
+    if kind is not None:
+        raise _KINDS[kind](found)
+    return found
+
+
+def _described(error: Exception) -> tuple[str, str]:
+    """Kind and message of the error that the other ranks raise."""
+    if not isinstance(error, FrostlineError):
+        return FrostlineError.__name__, f"the first rank has failed: {type(error).__name__}: {error}"
+    return next(name for name, kind in _KINDS.items() if isinstance(error, kind)), str(error)

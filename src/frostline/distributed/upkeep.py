@@ -252,10 +252,24 @@ def _hindrance(wrapper: DistributedDataParallel) -> str | None:
         told = wrapper._get_ddp_logging_data()  # type: ignore[no-untyped-call]
         if told.get("comm_hook") and not wrapper._comm_hooks:
             return "it has a built-in communication hook, which DDP does not remember"
-        _beside(wrapper, _arguments(wrapper)).reducer._remove_autograd_hooks()
+        _try_out(wrapper)
     except Exception as error:  # whatever it is, it must come to light now and not in the middle of training
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _try_out(wrapper: DistributedDataParallel) -> None:
+    """Build a second wrapper and throw it away: for one parameter, as for all it would take what gradients take."""
+    ignored = wrapper.parameters_to_ignore
+    sent = [p for name, p in wrapper.module.named_parameters() if p.requires_grad and name not in ignored]
+    least = min(sent, key=torch.numel)
+    for parameter in sent:
+        parameter.requires_grad_(parameter is least)
+    try:
+        _beside(wrapper, _arguments(wrapper)).reducer._remove_autograd_hooks()
+    finally:
+        for parameter in sent:
+            parameter.requires_grad_(True)
 
 
 def _forget_buckets(state: object) -> None:

@@ -6,9 +6,10 @@ blocks, head), the most that is there is
 
     weights + state + max over parts i of (kept by parts 0..i + working memory of part i + gradients of parts above i)
 
-and a part below the frost line keeps nothing and has neither gradients nor state. What parts keep and work with is
-measured on two small batches, in each way in which a step may be run, with gradients left out: both grow with the
-batch, gradients do not. F, the share of layers that rest, is measured as it is: with those at rest that rest.
+and a part below the frost line keeps nothing and has neither gradients nor state. With several ranks the buckets are
+added in which gradients are exchanged. What parts keep and work with is measured on two small batches, in each way in
+which a step may be run, with gradients left out: both grow with the batch, gradients do not. F, the share of layers
+that rest, is measured as it is: with those at rest that rest.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from frostline.blocks import BlockStack, Owner
+from frostline.distributed import Buckets
 from frostline.memory.compressor import compressing
 from frostline.memory.peak import LiveBytes
 from frostline.trace import first_tensor, undisturbed
@@ -287,6 +289,7 @@ class MemoryModel:
         optimizer: what it takes.
         resting: bytes of weights that rest and whose optimizer state is kept on the device.
         held: bytes of whatever else is there from step to step (sums of gradients).
+        buckets: of the data-parallel wrapper, with several ranks.
     """
 
     def __init__(
@@ -297,21 +300,28 @@ class MemoryModel:
         optimizer: OptimizerCost,
         resting: int = 0,
         held: int = 0,
+        buckets: Buckets | None = None,
     ) -> None:
         self.weights, self.trains, self.resting, self.held = weights, list(trains), resting, held
+        self.buckets = buckets
         self.activations, self.optimizer = dict(activations), optimizer
 
     @classmethod
     def measure(
-        cls, bench: Bench, ways: Iterable[Way], optimizer: OptimizerCost, resting: int = 0, held: int = 0
+        cls,
+        bench: Bench,
+        ways: Iterable[Way],
+        optimizer: OptimizerCost,
+        resting: int = 0,
+        held: int = 0,
+        buckets: Buckets | None = None,
     ) -> MemoryModel:
         """Measure each of ``ways`` on small batches."""
         stack = bench.stack
         owners: list[Owner] = ["stem", *range(len(stack)), "head"]
         trains = [nbytes_of(p for p in stack.parameters_of(owner).values() if p.requires_grad) for owner in owners]
-        found = cls(
-            nbytes_of((*bench.model.parameters(), *bench.model.buffers())), trains, {}, optimizer, resting, held
-        )
+        weights = nbytes_of((*bench.model.parameters(), *bench.model.buffers()))
+        found = cls(weights, trains, {}, optimizer, resting, held, buckets)
         for way in ways:
             found.activations[way] = found.calibrated(bench, way)
         return found
@@ -327,9 +337,12 @@ class MemoryModel:
         """
         trains = self._above(self.trains, depth)
         passes = self._passes(self.activations[way], rows, depth, accumulates=accumulates)
-        update = sum(trains) * (1 + self.optimizer.step)
+        most = max(passes, sum(trains) * (1 + self.optimizer.step))
+        if self.buckets is not None:
+            # The wrapper is built before anything is frozen, and follows the line afterwards.
+            most = max(most + sum(trains) + self.buckets.asleep, self.buckets.first)
         state = (sum(trains) + self.resting) * self.optimizer.state
-        return round(self.weights + state + self.held + max(passes, update))
+        return round(self.weights + state + self.held + most)
 
     def calibrated(self, bench: Bench, way: Way, rows: int = PROBE_ROWS) -> Activations:
         """What ``way`` keeps and needs for a moment, measured on batches of ``rows`` samples and of half as many."""

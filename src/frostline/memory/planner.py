@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from frostline.distributed import Buckets
 from frostline.errors import ConfigError
 from frostline.memory.model import PROBE_ROWS, Bench, MemoryModel, OptimizerCost, Way
 
@@ -51,6 +52,7 @@ class MemoryPlan:
         plain: bytes of the run as it was; ``None``: more than the device has.
         considered: every way that fits, with its numbers; none where the run fits as it is.
         policy: options of the policy that the budget has chosen.
+        ranks: processes that train together, each with this budget.
     """
 
     budget: int
@@ -62,6 +64,7 @@ class MemoryPlan:
     plain: int | None
     considered: tuple[Considered, ...] = ()
     policy: Mapping[str, Any] = field(default_factory=dict)
+    ranks: int = 1
 
     @property
     def changes(self) -> bool:
@@ -112,6 +115,7 @@ def plan_memory(
     rows: int,
     resting: int = 0,
     held: int = 0,
+    buckets: Buckets | None = None,
     accumulates: bool = False,
     splits: bool = True,
 ) -> MemoryPlan:
@@ -121,17 +125,18 @@ def plan_memory(
         bench: runs steps of the model, frozen as it is when the run begins.
         ways: from :func:`candidates`; the first is the run as it is.
         optimizer: what it takes.
-        budget: bytes for weights, optimizer's state, gradients and activations together.
+        budget: bytes for weights, optimizer's state, gradients and activations together, in each process.
         rows: samples in a micro-batch as the run has it.
         resting: bytes of weights that rest and whose optimizer state is kept on the device.
         held: bytes of whatever else is there from step to step (sums of gradients).
+        buckets: of the data-parallel wrapper, with several ranks.
         accumulates: whether the run accumulates gradients over micro-batches already.
         splits: whether smaller micro-batches are the same training (batch normalisation makes it another).
 
     Raises:
         BudgetError: nothing fits; the message says what the least is.
     """
-    model = MemoryModel.measure(bench, (), optimizer, resting, held)
+    model = MemoryModel.measure(bench, (), optimizer, resting, held, buckets)
 
     def peak(way: Way, size: int) -> float:
         if way not in model.activations and not _measured(bench, model, way, min(PROBE_ROWS, rows)):

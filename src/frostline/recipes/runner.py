@@ -20,8 +20,8 @@ from transformers import PrinterCallback, Trainer, set_seed
 from transformers.utils import logging as hf_logging
 
 from frostline.adapters.checkpoints import newest_complete
-from frostline.adapters.fitting import ignores_items
 from frostline.adapters.huggingface import Frost, attach
+from frostline.adapters.measuring import ignores_items
 from frostline.adapters.recorder import Recorder, plain_metrics
 from frostline.adapters.staging import ordered_loader
 from frostline.errors import ConfigError, FrostlineError, ResumeError

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from frostline.adapters.checkpoints import newest_complete
-from frostline.adapters.fitting import profile
 from frostline.adapters.huggingface import Frost
+from frostline.adapters.measuring import profile
 from frostline.adapters.staging import Keeper, behind, move_on
 from frostline.errors import ConfigError
 from frostline.packing import STAGES, Job, Order, Stage, Stages
