@@ -1,6 +1,7 @@
-"""Training on several ranks: what a data-parallel wrapper sends, and how the ranks agree."""
+"""Training on several ranks: what a data-parallel wrapper sends, how ranks agree, and what is said of a lost one."""
 
 from frostline.distributed.agreement import Agreement
+from frostline.distributed.exchange import explain
 from frostline.distributed.shards import NOT_CACHED_SPLIT, NOT_COMPRESSED_SPLIT, is_split, put_back
 from frostline.distributed.upkeep import RESTLESS, UNEVEN, Upkeep
 
@@ -11,6 +12,7 @@ __all__ = [
     "UNEVEN",
     "Agreement",
     "Upkeep",
+    "explain",
     "is_split",
     "put_back",
 ]

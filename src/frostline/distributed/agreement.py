@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from frostline.distributed.exchange import exchange
+
 __all__ = ["Agreement"]
 
 
@@ -33,11 +35,15 @@ class Agreement:
         self._keys += [("scores", None), *(("scores", block) for block in range(blocks))]
         self._keys += [("changes", None), *(("changes", path) for path in layers)]
 
-    def on(self, observed: Mapping[str, Any]) -> dict[str, Any]:
+    def on(self, observed: Mapping[str, Any], step: int) -> dict[str, Any]:
         """What the first rank observed; every rank calls this at the same step.
 
         Args:
             observed: ``interval_steps``, and ``scores`` and ``changes``, each a mapping or ``None``.
+            step: optimizer steps so far.
+
+        Raises:
+            RankError: another rank hangs, or has ended.
         """
         numbers = [self._number(observed, name, key) for name, key in self._keys]
         table = torch.tensor(
@@ -45,9 +51,11 @@ class Agreement:
             dtype=torch.float64,
             device=self._device,
         )
-        dist.broadcast(table, src=dist.get_global_rank(self._group, 0), group=self._group)
+        with exchange(f"to agree on what freezes after step {step}"):
+            dist.broadcast(table, src=dist.get_global_rank(self._group, 0), group=self._group)
+            rows = table.tolist()  # a GPU waits here
         agreed: dict[str, Any] = {"scores": None, "changes": None}
-        for (name, key), number, there in zip(self._keys, *table.tolist(), strict=True):
+        for (name, key), number, there in zip(self._keys, *rows, strict=True):
             if not there:
                 continue
             if name == "interval_steps":
