@@ -133,7 +133,7 @@ def _learn(
     called = DistributedDataParallel(model) if wrapped else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     frost = frostline.Frostline(
-        called, optimizer, policy="gradient-norm", percentile=90.0, evaluations_per_epoch=4, steps_per_epoch=STEPS,
+        called, optimizer, policy="gradient-norm", percentile=50.0, evaluations_per_epoch=4, steps_per_epoch=STEPS,
         epochs=EPOCHS, batch_size=16,
     )  # fmt: skip
     before: list[list[Tensor]] = []
