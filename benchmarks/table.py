@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # run as a script: its siblings are found from the root of the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.markdown import interval, machine, rows, word  # noqa: E402
+from benchmarks.rank_tables import distributed  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -32,24 +39,24 @@ def step_time(report: dict[str, Any]) -> Iterable[str]:
     for measured in report.get("depths", ()):
         batch, rounds = _batch(measured["batch"]), measured["rounds"]
         yield f"A step of {report['model']} by depth, {batch}, median of {rounds} rounds:\n"
-        yield from _rows(
+        yield from rows(
             ["depth", "Frostline, ms", "bound, ms", "ratio", "95 % interval"],
-            ([row["depth"], *_times(row), *_ratio(row["ratio"])] for row in measured["depths"]),
+            ([row["depth"], *_times(row), *interval(row["ratio"])] for row in measured["depths"]),
         )
         yield ""
     if none := report.get("none"):
         yield f"Policy `none` on {report['model']}, {_batch(none['batch'])}, loops of {none['steps']} steps:\n"
-        yield from _rows(
+        yield from rows(
             ["loop", "pairs", "with / without", "95 % interval", "contains 1.00"],
             (
-                [name, none[name]["ratio"]["pairs"], *_ratio(none[name]["ratio"], 4), _word(none[name]["contains_one"])]
-                for name in ("loop", "trainer")
+                [name, row["ratio"]["pairs"], *interval(row["ratio"], 4), word(row["contains_one"])]
+                for name, row in ((name, none[name]) for name in ("loop", "trainer"))
             ),
         )
         yield ""
     if found := report.get("statistics"):
         yield f"Gradient statistics on {report['model']} at depth 0 (all blocks are summed):\n"
-        yield from _rows(
+        yield from rows(
             ["batch", "of a step", "95 % interval", "memory, MB", "one evaluation, ms"],
             (
                 [
@@ -63,7 +70,7 @@ def step_time(report: dict[str, Any]) -> Iterable[str]:
             ),
         )
         yield ""
-    yield _machine(report)
+    yield machine(report)
 
 
 def accuracy(report: dict[str, Any]) -> Iterable[str]:
@@ -73,7 +80,7 @@ def accuracy(report: dict[str, Any]) -> Iterable[str]:
     low, high = loss["interval_95"]
     sides = {side: {run["seed"]: run for run in report["runs"] if run["side"] == side} for side in ("full", "ours")}
     yield f"Recipe `{report['settings']['recipe']}`, {len(seeds)} seeds, both sides interleaved in one run:\n"
-    yield from _rows(
+    yield from rows(
         ["seed", "test accuracy, full", "ours", "training, full", "ours", "speed-up", "frost line (step: depth)"],
         (
             [
@@ -94,7 +101,7 @@ def accuracy(report: dict[str, Any]) -> Iterable[str]:
         f"{_overhead(sides['ours'].values()):.2%} of training time."
     )
     yield ""
-    yield _machine({"device": "cpu", **report})
+    yield machine({"device": "cpu", **report})
 
 
 def _overhead(runs: Iterable[dict[str, Any]]) -> float:
@@ -110,26 +117,26 @@ def cache(report: dict[str, Any]) -> Iterable[str]:
         tiers = {"device": "from the GPU's memory", "memory": "from host memory", "disk": "from a cold disk"}
         tier = tiers[report["tier"]]
         yield f"A fully cached step of {report['model']} {tier}, by depth, {batch}, median of {rounds} rounds:\n"
-        yield from _rows(
+        yield from rows(
             ["depth", "cached, ms", "truncated model, ms", "ratio", "95 % interval", "faster than uncached"],
             (
                 [
                     row["depth"],
                     *(f"{1000 * row['seconds'][name]['median']:.1f}" for name in ("cached", "truncated")),
-                    *_ratio(row["ratio"]),
+                    *interval(row["ratio"]),
                     f"{row['speedup_over_uncached']['median']:.2f}x",
                 ]
                 for row in shape["depths"]
             ),
         )
         yield ""
-    yield _machine(report)
+    yield machine(report)
 
 
 def disk(report: dict[str, Any]) -> Iterable[str]:
     """What ``disk.py`` measured."""
     yield "Reading batches of 32 records from disk, checksums on, against raw positional reads of as many bytes:\n"
-    yield from _rows(
+    yield from rows(
         ["record, KB", "cold, MB/s", "raw, MB/s", "ratio", "warm, MB/s", "raw, MB/s", "ratio"],
         (
             [
@@ -147,13 +154,13 @@ def disk(report: dict[str, Any]) -> Iterable[str]:
         ),
     )
     yield ""
-    yield _machine(report)
+    yield machine(report)
 
 
 def ways(report: dict[str, Any]) -> Iterable[str]:
     """What ``ways.py`` measured."""
     yield f"With a cache against without, same seed and trajectory (`{report['command']}`):\n"
-    yield from _rows(
+    yield from rows(
         ["way", "training faster", "computed", "upgraded", "read", "validation items apart, each epoch", "of test"],
         (
             [
@@ -170,7 +177,7 @@ def ways(report: dict[str, Any]) -> Iterable[str]:
         ),
     )
     yield ""
-    yield _machine({"device": "cpu", **report})
+    yield machine({"device": "cpu", **report})
 
 
 def memory(report: dict[str, Any]) -> Iterable[str]:
@@ -179,7 +186,7 @@ def memory(report: dict[str, Any]) -> Iterable[str]:
     size = f"{report['rows']} x {report['length']} tokens" if report["length"] else f"{report['rows']} images"
     plain = modes.get("full, eager attention") or modes["full"]
     yield f"Memory of a training step, {report['shape']}-base, {size}, fp32, AdamW, MB:\n"
-    yield from _rows(
+    yield from rows(
         ["way", "saved for backward", "smaller", "peak of the step", "smaller", "usual turn", "resident"],
         (
             [
@@ -195,34 +202,34 @@ def memory(report: dict[str, Any]) -> Iterable[str]:
         ),
     )
     yield ""
-    yield _machine(report)
+    yield machine(report)
 
 
 def memory_time(report: dict[str, Any]) -> Iterable[str]:
     """What ``memory.py`` measured of time."""
     size = f"{report['rows']} x {report['length']} tokens" if report["length"] else f"{report['rows']} images"
     yield f"A step with compression against the same step without, {report['shape']}-base, {size}:\n"
-    yield from _rows(
+    yield from rows(
         ["way", "level", "without, s", "with, s", "ratio", "95 % interval"],
         (
             [
                 row["mode"],
                 row["level"],
                 *(f"{row['seconds'][level]['median']:.2f}" for level in ("off", row["level"])),
-                *_ratio(row["ratio"]),
+                *interval(row["ratio"]),
             ]
             for row in report["modes"]
         ),
     )
     yield ""
-    yield _machine(report)
+    yield machine(report)
 
 
 def budgets(report: dict[str, Any]) -> Iterable[str]:
     """What ``budgets.py`` measured."""
     size = f"{report['rows']} x {report['length']} tokens" if report["length"] else f"{report['rows']} images"
     yield f"Ways to train {report['shape']}-base with batches of {size}, fp32, AdamW:\n"
-    yield from _rows(
+    yield from rows(
         ["way", "peak of a step, MB", "records, KB a sample", "time against full"],
         (
             [
@@ -237,7 +244,7 @@ def budgets(report: dict[str, Any]) -> Iterable[str]:
     yield ""
     yield "The fastest way of each kind that fits into a budget, and its time against full fine-tuning without one:\n"
     kinds = [kind for kind in report["best"][0] if kind != "budget"]
-    yield from _rows(
+    yield from rows(
         ["budget", *kinds],
         (
             [
@@ -251,7 +258,7 @@ def budgets(report: dict[str, Any]) -> Iterable[str]:
         ),
     )
     yield ""
-    yield _machine(report)
+    yield machine(report)
 
 
 def _by_what(way: str, kind: str) -> str:
@@ -263,7 +270,7 @@ def interlayer(report: dict[str, Any]) -> Iterable[str]:
     """What ``interlayer.py`` measured."""
     tasks, pooled = report["tasks"], report["pooled"]
     yield "SlimFit (a tenth of the layers train at a step, activations compressed) against full fine-tuning:\n"
-    yield from _rows(
+    yield from rows(
         ["task", "learning rate, full", "SlimFit", "test accuracy, full", "SlimFit", "loss, points", "95 % interval"],
         (
             [
@@ -291,14 +298,14 @@ def interlayer(report: dict[str, Any]) -> Iterable[str]:
     )
     yield ""
     last = list(tasks.values())[-1]
-    yield _machine({**last, "command": "python benchmarks/interlayer.py"})
+    yield machine({**last, "command": "python benchmarks/interlayer.py"})
 
 
 def drift(report: dict[str, Any]) -> Iterable[str]:
     """What ``drift.py`` measured."""
     settings = report["settings"]
     yield f"{settings['steps']} steps of {settings['recipe']} at each level, against exact ones:\n"
-    yield from _rows(
+    yield from rows(
         [
             "level",
             "validation loss",
@@ -324,7 +331,7 @@ def drift(report: dict[str, Any]) -> Iterable[str]:
         ),
     )
     yield ""
-    yield _machine(report)
+    yield machine(report)
 
 
 def gradients(report: dict[str, Any]) -> Iterable[str]:
@@ -334,7 +341,7 @@ def gradients(report: dict[str, Any]) -> Iterable[str]:
         f"{report['recipe']}, least cosine over {report['batches']} batches:\n"
     )
     parts = list(next(iter(report["levels"].values()))["cosines"])
-    yield from _rows(
+    yield from rows(
         ["level", "kept for backward", *parts],
         (
             [level, f"{row['smaller']:.1f}x less", *(f"{row['cosines'][part]:.4f}" for part in parts)]
@@ -342,7 +349,7 @@ def gradients(report: dict[str, Any]) -> Iterable[str]:
         ),
     )
     yield ""
-    yield _machine(report)
+    yield machine(report)
 
 
 # By what a file's name begins with.
@@ -351,6 +358,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "budgets": budgets,
     "cache": cache,
     "disk": disk,
+    "distributed": distributed,
     "drift": drift,
     "gradients": gradients,
     "interlayer": interlayer,
@@ -361,35 +369,12 @@ TABLES: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
 }
 
 
-def _rows(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterable[str]:
-    yield f"| {' | '.join(heads)} |"
-    yield "|" + " ---: |" * len(heads)
-    for row in rows:
-        yield f"| {' | '.join(str(cell) for cell in row)} |"
-
-
 def _batch(batch: dict[str, Any]) -> str:
     return f"{batch['rows']} x {batch['length']} tokens ({batch['data']})"
 
 
 def _times(row: dict[str, Any]) -> list[str]:
     return [f"{1000 * row['seconds'][name]['median']:.1f}" for name in ("frostline", "bound")]
-
-
-def _ratio(ratio: dict[str, Any], digits: int = 3) -> list[str]:
-    low, high = ratio["interval"]
-    return [f"{ratio['median']:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}"]
-
-
-def _word(answer: bool) -> str:
-    return "yes" if answer else "no"
-
-
-def _machine(report: dict[str, Any]) -> str:
-    machine, packages = report["environment"], report["environment"]["packages"]
-    device = machine.get("gpu", "GPU") if report["device"].startswith("cuda") else machine["processor"]
-    versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "transformers") if name in packages)
-    return f"{device}, {machine['threads']} thread(s), {versions}, {report['date']}. Made with `{report['command']}`."
 
 
 if __name__ == "__main__":

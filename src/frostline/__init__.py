@@ -9,7 +9,7 @@ import importlib
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from frostline.errors import ConfigError, DataError, FrostlineError, ModelError, ResumeError
+from frostline.errors import ConfigError, DataError, FrostlineError, ModelError, RankError, ResumeError
 
 if TYPE_CHECKING:
     from frostline.adapters.huggingface import attach
@@ -31,6 +31,7 @@ __all__ = [
     "FrostlineError",
     "ModelError",
     "Policy",
+    "RankError",
     "ResumeError",
     "Summary",
     "attach",

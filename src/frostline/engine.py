@@ -343,7 +343,7 @@ class Frostline:
             return
         observed = self._statistics.observed() if self._statistics is not None else {}
         if observed and upkeep is not None and self._agreement is not None and not upkeep.joining:
-            observed = self._agreement.on(observed)
+            observed = self._agreement.on(observed, self.step)
         seen = Observation(
             step=self.step,
             samples=self.samples,

@@ -11,6 +11,7 @@ __all__ = [
     "DataError",
     "FrostlineError",
     "ModelError",
+    "RankError",
     "ResumeError",
     "choices_message",
     "validation_message",
@@ -31,6 +32,10 @@ class ModelError(FrostlineError, ValueError):
 
 class DataError(FrostlineError, ValueError):
     """The data cannot be read, or lack what the task needs."""
+
+
+class RankError(FrostlineError, RuntimeError):
+    """Another rank has not come to an exchange: it hangs, or has ended."""
 
 
 class ResumeError(FrostlineError, RuntimeError):

@@ -5,7 +5,6 @@ Start it with ``torchrun --nproc-per-node=2``; every rank writes ``rank<n>.json`
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -14,14 +13,13 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import frostline
 from frostline.errors import ModelError
 from frostline.memory import saved
 from tests.adapters.hosts import RAMP, Witness, assert_ordinary, batches, bert, trainer_for
-from tests.distributed.traffic import Traffic, counted
+from tests.distributed.traffic import Traffic, counted, digest
 
 RATE = 0.05
 
@@ -34,13 +32,6 @@ CASES: dict[str, dict[str, Any]] = {
     "interlayer": {"policy": "interlayer", "share": 0.5, "line": RAMP, "memory": "slimfit"},
     "interlayer-cached": {"policy": "interlayer", "share": 0.5, "line": RAMP, "memory": "slimfit", "cache": "memory"},
 }
-
-
-def _digest(model: nn.Module) -> str:
-    parts = hashlib.sha256()
-    for _, parameter in sorted(model.named_parameters()):
-        parts.update(parameter.detach().numpy().tobytes())
-    return parts.hexdigest()
 
 
 def _train(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +64,7 @@ def _train(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
         "trajectory": frost.summary()["trajectory"],
         "samples": frost.summary()["samples"],
         "frozen": witness.frozen,
-        "weights": _digest(trainer.model),
+        "weights": digest(trainer.model),
     }
 
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import frostline
 from frostline.errors import ModelError
 from frostline.policies.registry import register
-from tests.adapters.hosts import batches, bert
+from tests.adapters.hosts import Rows, batches, bert
 from tests.distributed.traffic import Traffic, Walk, active_bytes, counted, digest
 
 EPOCHS, STEPS = 3, 8
@@ -111,6 +111,50 @@ def _train(
         "compressed": power.total_numel_after_compression,
         "weights": digest(model),
     }
+
+
+def _shared() -> dict[str, Any]:
+    """Ranks that share batches of 16, and one rank that has them whole: by itself, and taught the ranks' weights."""
+    rows = Rows(16 * STEPS)
+    ranks = dist.get_world_size()
+    together, weights = _learn(batches(16 // ranks, rows)[dist.get_rank() :: ranks], wrapped=True)
+    whole = batches(16, rows)
+    alone, _ = _learn(whole, wrapped=False)
+    taught, _ = _learn(whole, wrapped=False, weights=weights)
+    return {"together": together, "alone": alone, "taught": taught}
+
+
+def _learn(
+    mine: list[dict[str, Tensor]], *, wrapped: bool, weights: list[list[Tensor]] | None = None
+) -> tuple[dict[str, Any], list[list[Tensor]]]:
+    """Training in steps of 16 samples, and the weights before each; with ``weights`` every step begins with those."""
+    torch.manual_seed(0)
+    model = bert()
+    called = DistributedDataParallel(model) if wrapped else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    frost = frostline.Frostline(
+        called, optimizer, policy="gradient-norm", percentile=50.0, evaluations_per_epoch=4, steps_per_epoch=STEPS,
+        epochs=EPOCHS, batch_size=16,
+    )  # fmt: skip
+    before: list[list[Tensor]] = []
+    losses, depths = [], []
+    for number in range(EPOCHS * STEPS):
+        if weights is not None:
+            for parameter, weight in zip(model.parameters(), weights[number], strict=True):
+                parameter.data.copy_(weight)
+        before.append([parameter.detach().clone() for parameter in model.parameters()])
+        model.train()
+        loss = called(**mine[number % STEPS]).loss
+        loss.backward()
+        frost.before_step()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        depths.append(frost.depth)
+        frost.after_step()
+    scores = [e["observation"]["scores"] for e in frost.log.events if e["event"] == "decision"]
+    frost.finish()
+    return {"losses": losses, "depths": depths, "scores": scores}, before
 
 
 def _disturb(frost: frostline.Frostline) -> None:
@@ -220,6 +264,7 @@ def main(folder: Path) -> None:
     register(Walk)
     names = CASES if dist.get_world_size() == 2 else OF_FOUR
     found: dict[str, Any] = {name: _train(**CASES[name]) for name in names}
+    found["shared"] = _shared()
     if dist.get_world_size() == 2:
         found |= {"late": _late(), "interrupted": _interrupted(), "refused": _refused()}
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))

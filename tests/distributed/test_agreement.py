@@ -36,12 +36,12 @@ def _alone() -> Iterator[None]:
     ids=str,
 )
 def test_numbers_arrive_bit_for_bit(observed: dict[str, Any]) -> None:
-    assert Agreement(dist.group.WORLD, torch.device("cpu"), 4, LAYERS).on(observed) == observed
+    assert Agreement(dist.group.WORLD, torch.device("cpu"), 4, LAYERS).on(observed, 1) == observed
 
 
 def test_what_is_no_number_arrives_as_such() -> None:
     seen = Agreement(dist.group.WORLD, torch.device("cpu"), 4, ()).on(
-        {"scores": {2: math.nan}, "changes": None, "interval_steps": 3}
+        {"scores": {2: math.nan}, "changes": None, "interval_steps": 3}, 1
     )
     assert list(seen["scores"]) == [2]
     assert math.isnan(seen["scores"][2])

@@ -1,4 +1,4 @@
-"""DDP sends what trains and nothing else, at every depth, and computes what it computed before."""
+"""DDP sends what trains and nothing else, at every depth, and computes what it computed before, or one rank would."""
 
 from __future__ import annotations
 
@@ -135,6 +135,23 @@ def test_four_ranks(name: str, four: list[dict[str, Any]]) -> None:
         assert [step["sent"] for step in rank[name]["steps"]] == [step["active"] for step in rank[name]["steps"]]
         # Sums of four depend on their order, which depends on the place in a bucket.
         assert _losses(rank["walk"]) == pytest.approx(_losses(rank["walk-in-place"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("ranks", ["two", "four"])
+def test_ranks_that_share_a_batch_train_as_one_that_has_it_whole(ranks: str, request: pytest.FixtureRequest) -> None:
+    """Same moves of the line; the losses within 1e-5 where every step begins with the same weights (teacher-forced)."""
+    runs = [rank["shared"] for rank in request.getfixturevalue(ranks)]
+    shares = [run["together"]["losses"] for run in runs]
+    assert shares[0] != shares[1], "the ranks saw the same samples: the test shows nothing"
+    means = [sum(losses) / len(runs) for losses in zip(*shares, strict=True)]
+    for name, within in (("taught", 1e-5), ("alone", 1e-4)):
+        together, one = runs[0]["together"], runs[0][name]
+        assert means == pytest.approx(one["losses"], rel=within)
+        assert together["depths"] == one["depths"]
+        assert len(together["scores"]) == len(one["scores"])
+        for scores, expected in zip(together["scores"], one["scores"], strict=True):
+            assert scores == pytest.approx(expected, rel=1e-4)
+    assert len(set(runs[0]["together"]["depths"])) > 2, "the line hardly moved: the test shows nothing"
 
 
 def test_frozen_set_that_changes_within_a_forward_pass(two: list[dict[str, Any]]) -> None:

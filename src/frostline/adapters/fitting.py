@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from frostline.distributed import Buckets, from_first
 from frostline.errors import ConfigError
 from frostline.freezer import Freezer
 from frostline.memory import MemoryOptions
-from frostline.memory.model import Way
+from frostline.memory.model import Way, end_checkpointing
 from frostline.memory.planner import BudgetError, MemoryPlan, candidates, plan_memory
 from frostline.policies.registry import create, validate
 from frostline.state import has_state, load_state
@@ -79,7 +79,7 @@ class Fitting:
         if self._memory.budget is None:
             yield
             return
-        self.plan = MemoryPlan.from_numbers(_of_first(self._trainer, lambda: self._planned(resume_from).numbers()))
+        self.plan = from_first(lambda: self._planned(resume_from))
         logger.info("%s", self.plan)
         with _applied(self._trainer, self.plan):
             yield
@@ -110,11 +110,6 @@ class Fitting:
         return list(validate(self._policy, self._options).choices(pages=pages))
 
 
-def _of_first(trainer: Trainer, make: Callable[[], Any]) -> Any:
-    """What ``make`` gives, a JSON value; with several ranks what it gives the first, because it measures."""
-    return from_first(make, trainer.args.device) if trainer.args.world_size > 1 else make()
-
-
 @contextmanager
 def _applied(trainer: Trainer, plan: MemoryPlan) -> Iterator[None]:
     """The Trainer's settings follow ``plan`` for the length of a run."""
@@ -125,7 +120,7 @@ def _applied(trainer: Trainer, plan: MemoryPlan) -> Iterator[None]:
     own = ("_train_batch_size", "model_accepts_loss_kwargs", _SCALED)
     kept = {name: getattr(trainer, name) for name in own if hasattr(trainer, name)}
     hooked = bool(getattr(trainer.model, "_require_grads_hooks", None))
-    ignores = plan.steps > 1 and _of_first(trainer, lambda: ignores_items(trainer))
+    ignores = plan.steps > 1 and from_first(lambda: ignores_items(trainer))
     if plan.steps > 1:
         args.per_device_train_batch_size //= plan.steps
         args.gradient_accumulation_steps *= plan.steps

@@ -40,7 +40,7 @@ from frostline.adapters.randomness import capture, restore
 from frostline.blocks import BlockStack
 from frostline.briefing import plan_for
 from frostline.cache import CacheSetting, cache_options
-from frostline.distributed import RESTLESS
+from frostline.distributed import RESTLESS, explain
 from frostline.engine import Frostline
 from frostline.errors import ConfigError, FrostlineError, ModelError, ResumeError
 from frostline.events import EventLog
@@ -222,7 +222,8 @@ class Frost:
         try:
             with self._fitting.run(self._resume_from):
                 return original(resume_from_checkpoint, *args, **kwargs)
-        except BaseException:
+        except BaseException as error:
+            explain(error, f"in training, after step {self.trainer.state.global_step}")
             # Whoever catches this (a notebook, a search over settings) goes on with an ordinary model.
             self._end()
             raise

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import seed_worker
@@ -19,6 +18,7 @@ from transformers.trainer_utils import seed_worker
 from frostline.adapters.checkpoints import newest_complete
 from frostline.adapters.huggingface import Frost
 from frostline.adapters.measuring import readable
+from frostline.distributed import from_first
 from frostline.errors import FrostlineError
 from frostline.packing import Job, Look, Order, Pace, PackOptions, Stage, Stages, carry, next_stage
 from frostline.state import load_state
@@ -119,8 +119,8 @@ class Keeper(TrainerCallback):
             return
         look = self._stages.look_at(samples)
         if look is None:
-            found = [self._find(self._stages.job, before, samples) if state.is_world_process_zero else None]
-            look = broadcast_object_list(found)[0]  # by a clock: the first rank's word is law
+            job = self._stages.job
+            look = from_first(lambda: self._find(job, before, samples))  # by a clock: the first rank's word is law
             self._stages.looks.append(look)
             if state.is_world_process_zero:
                 self._stages.write(self._run)

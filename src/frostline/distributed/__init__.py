@@ -1,7 +1,8 @@
-"""Training on several ranks: what a data-parallel wrapper sends, and how the ranks agree."""
+"""Training on several ranks: what a data-parallel wrapper sends, how ranks agree, and what is said of a lost one."""
 
 from frostline.distributed.agreement import Agreement, from_first
 from frostline.distributed.buckets import Buckets
+from frostline.distributed.exchange import exchange, explain
 from frostline.distributed.shards import NOT_CACHED_SPLIT, NOT_COMPRESSED_SPLIT, is_split, put_back
 from frostline.distributed.upkeep import RESTLESS, UNEVEN, Upkeep
 
@@ -13,6 +14,8 @@ __all__ = [
     "Agreement",
     "Buckets",
     "Upkeep",
+    "exchange",
+    "explain",
     "from_first",
     "is_split",
     "put_back",

@@ -8,20 +8,18 @@ first rank does for all.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from frostline.errors import ConfigError, DataError, FrostlineError, ModelError, ResumeError
+from frostline.distributed.exchange import exchange
+from frostline.errors import FrostlineError
 
 __all__ = ["Agreement", "from_first"]
 
-_KINDS: dict[str, type[FrostlineError]] = {
-    kind.__name__: kind for kind in (ConfigError, DataError, ModelError, ResumeError, FrostlineError)
-}
+T = TypeVar("T")
 
 
 class Agreement:
@@ -41,11 +39,15 @@ class Agreement:
         self._keys += [("scores", None), *(("scores", block) for block in range(blocks))]
         self._keys += [("changes", None), *(("changes", path) for path in layers)]
 
-    def on(self, observed: Mapping[str, Any]) -> dict[str, Any]:
+    def on(self, observed: Mapping[str, Any], step: int) -> dict[str, Any]:
         """What the first rank observed; every rank calls this at the same step.
 
         Args:
             observed: ``interval_steps``, and ``scores`` and ``changes``, each a mapping or ``None``.
+            step: optimizer steps so far.
+
+        Raises:
+            RankError: another rank hangs, or has ended.
         """
         numbers = [self._number(observed, name, key) for name, key in self._keys]
         table = torch.tensor(
@@ -53,9 +55,11 @@ class Agreement:
             dtype=torch.float64,
             device=self._device,
         )
-        dist.broadcast(table, src=dist.get_global_rank(self._group, 0), group=self._group)
+        with exchange(f"to agree on what freezes after step {step}"):
+            dist.broadcast(table, src=dist.get_global_rank(self._group, 0), group=self._group)
+            rows = table.tolist()  # a GPU waits here
         agreed: dict[str, Any] = {"scores": None, "changes": None}
-        for (name, key), number, there in zip(self._keys, *table.tolist(), strict=True):
+        for (name, key), number, there in zip(self._keys, *rows, strict=True):
             if not there:
                 continue
             if name == "interval_steps":
@@ -76,39 +80,35 @@ class Agreement:
         return found
 
 
-def from_first(make: Callable[[], Any], device: torch.device) -> Any:
+def from_first(make: Callable[[], T], device: torch.device | None = None) -> T:
     """What ``make`` gives the first of all ranks, on every rank; the others wait for it and make nothing.
 
+    A process that is alone makes it.
+
     Args:
-        make: gives a JSON value.
-        device: on which the ranks talk.
+        make: gives something that can be pickled.
+        device: on which the ranks talk (default: that of their process group).
 
     Raises:
-        FrostlineError: what ``make`` raised, of the same kind and with the same message on every rank. An error of
-            another kind is raised as it is on the first rank, and told of by the others.
+        FrostlineError: what ``make`` raised, on every rank. An error of another kind is raised as it is on the first
+            rank, and told of by the others.
+        RankError: the first rank did not come to it.
     """
-    told = b""
+    if not (dist.is_available() and dist.is_initialized()):
+        return make()
+    outcome: list[Any] = [None, None]
     failed: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            told = json.dumps([None, make()]).encode()
+            outcome[0] = make()
         except Exception as error:  # whatever it is, the others must not wait for ever
-            failed = error
-            told = json.dumps(_described(error)).encode()
-    size = torch.tensor([len(told)], device=device)
-    dist.broadcast(size, src=0)
-    text = torch.tensor(list(told) or [0] * int(size), dtype=torch.uint8, device=device)
-    dist.broadcast(text, src=0)
+            failed, said = error, f"the first rank has failed: {type(error).__name__}: {error}"
+            outcome[1] = error if isinstance(error, FrostlineError) else FrostlineError(said)
+    with exchange("to hear from the first one"):
+        dist.broadcast_object_list(outcome, src=0, device=device)
     if failed is not None:
         raise failed
-    kind, found = json.loads(bytes(text.tolist()))
-    if kind is not None:
-        raise _KINDS[kind](found)
-    return found
-
-
-def _described(error: Exception) -> tuple[str, str]:
-    """Kind and message of the error that the other ranks raise."""
-    if not isinstance(error, FrostlineError):
-        return FrostlineError.__name__, f"the first rank has failed: {type(error).__name__}: {error}"
-    return next(name for name, kind in _KINDS.items() if isinstance(error, kind)), str(error)
+    found, fault = outcome
+    if fault is not None:
+        raise fault
+    return cast(T, found)

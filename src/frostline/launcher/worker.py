@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from frostline.clock import process_start
-from frostline.errors import FrostlineError
+from frostline.errors import FrostlineError, RankError
 from frostline.launcher.verdict import Verdict
 from frostline.packing import Stages
 from frostline.recipes.ranks import is_first, ranks
@@ -55,6 +55,8 @@ def main() -> None:
                 "moved on", stays=_stays(recipe, given.per_host, given.must_stay), first=is_first(),
                 ranks=ranks(), run=str(recipe.directory),
             )  # fmt: skip
+    except RankError:
+        raise  # another rank has died: the agent starts all again
     except FrostlineError as error:
         if os.environ.get("FROSTLINE_DEBUG") == "1":
             raise

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+import torch.distributed as dist
+from accelerate.utils import gather_object
 
+from frostline.distributed import from_first
 from frostline.errors import FrostlineError
 
 __all__ = ["agreed", "is_first", "rank", "ranks", "unseen"]
@@ -44,22 +45,9 @@ def agreed(action: Callable[[], T]) -> T:
     """
     if ranks() == 1:
         return action()
-    if PartialState().num_processes != ranks():
-        raise FrostlineError(f"{ranks()} ranks were started, and Accelerate has joined {PartialState().num_processes}")
-    outcome: list[object] = [None, None]
-    failed: Exception | None = None
-    if is_first():
-        try:
-            outcome[0] = action()
-        except Exception as error:
-            failed = error
-            outcome[1] = error if isinstance(error, FrostlineError) else FrostlineError(f"on the first rank: {error!r}")
-    found, fault = broadcast_object_list(outcome)
-    if failed is not None:
-        raise failed
-    if isinstance(fault, FrostlineError):
-        raise fault
-    return found  # type: ignore[no-any-return]
+    if not (dist.is_available() and dist.is_initialized()):
+        raise FrostlineError(f"{ranks()} ranks were started, and nothing has joined them to a process group")
+    return from_first(action)
 
 
 def unseen(path: Path) -> list[int]:

@@ -244,7 +244,7 @@ def _trainer(recipe: Recipe, data: Prepared, checkpoints: Path, staged: Staged |
     # It prints every log as a dictionary over our progress bar.
     trainer.remove_callback(PrinterCallback)
     if staged is not None:
-        if ignores_items(trainer):
+        if agreed(lambda: ignores_items(trainer)):
             # The Trainer would take its mean loss for a sum, and multiply it by the number of ranks.
             trainer.model_accepts_loss_kwargs = False
         set_seed(recipe.seed + rank())  # or the ranks would draw the same masks
