@@ -35,12 +35,14 @@ POLICIES: dict[str, dict[str, Any]] = {
     "random-blocks": {"policy": "random-blocks", "active": 1, "every": 2},
     "interlayer": {"policy": "interlayer", "share": "auto"},
 }
-# The wrapper is built before anything is frozen: here that takes more than any step. Of a model that is mostly born
-# frozen it sends the weights round all the same.
-FIRST: dict[str, dict[str, Any]] = {
+# The wrapper is built before anything is frozen: for a line so deep that takes more than any step. Of a model that is
+# mostly born frozen it sends the weights round all the same.
+AS_THEY_ARE: dict[str, dict[str, Any]] = {
     "deep": {"policy": "static", "depth": 3},
-    "born-frozen": {"policy": "none"},
+    "born-frozen": {"policy": "none", "born": 60},
+    "accumulating": {"policy": "none", "gradient_accumulation_steps": 2},
 }
+SETTINGS = ("max_steps", "save_steps", "save_strategy", "gradient_accumulation_steps")
 
 
 class Random(Rows):
@@ -55,11 +57,11 @@ class Random(Rows):
 
 def _train(folder: Path, budget: int, *, resume: bool = False, born: int = 0, **options: Any) -> dict[str, Any]:
     """A run, the plan for it and the most bytes that were alive at any moment of it."""
-    steps = {key: options.pop(key) for key in ("max_steps", "save_steps", "save_strategy") if key in options}
+    settings = {name: options.pop(name) for name in SETTINGS if name in options}
     model = bert(hidden_size=128, intermediate_size=256)
     for parameter in list(model.parameters())[:born]:
         parameter.requires_grad_(False)
-    trainer = trainer_for(folder, model, rows=Rows(48, length=16), **steps)
+    trainer = trainer_for(folder, model, rows=Rows(48, length=16), **settings)
     frost = frostline.attach(trainer, memory={"budget": budget}, **options)
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         trainer.train(resume_from_checkpoint=resume or None)
@@ -81,6 +83,18 @@ def _resumed(folder: Path, budget: int) -> dict[str, Any]:
     settings = {"policy": "none", "save_strategy": "steps", "save_steps": 2}
     before = _train(folder, budget, max_steps=2, **settings)
     return {"before": before, "after": _train(folder, budget, max_steps=4, resume=True, **settings)}
+
+
+def _again(folder: Path) -> dict[str, Any]:
+    """The second run of a Trainer: planned on a model around which there is a wrapper already."""
+    model = bert(hidden_size=128, intermediate_size=256)
+    trainer = trainer_for(folder, model, rows=Rows(48, length=16))
+    frost = frostline.attach(trainer, "interlayer", share=0.5, memory={"budget": ROOMY})
+    trainer.train()
+    state = [value for values in trainer.optimizer.state.values() for value in values.values()]
+    with LiveBytes([*model.parameters(), *model.buffers(), *state]) as live:
+        trainer.train()
+    return {"plan": frost.summary()["memory"]["plan"], "peak": live.peak}
 
 
 def _split(folder: Path, steps: int) -> list[float]:
@@ -131,8 +145,8 @@ def main(folder: Path) -> None:
     # Each process makes the table of a code book once, for a moment in more bytes than the tiny model has.
     run(bert(), batches(2)[0], "slimfit")
     found: dict[str, Any] = {name: _fitted(folder / name, **options) for name, options in POLICIES.items()}
-    for name, options in FIRST.items():
-        found[name] = _train(folder / name, ROOMY, born=60 if name == "born-frozen" else 0, **options)
+    found |= {name: _train(folder / name, ROOMY, **options) for name, options in AS_THEY_ARE.items()}
+    found["again"] = _again(folder / "again")
     found["resumed"] = _resumed(folder / "resumed", found["none"]["tight"]["plan"]["budget"])
     found["split"] = [_split(folder / f"split{steps}", steps) for steps in (1, 4)]
     found["random"] = _random(folder / "random")

@@ -79,6 +79,10 @@ class Fitting:
         if self._memory.budget is None:
             yield
             return
+        if self._trainer.args.world_size > 1:
+            # The wrapper of an earlier run would count what is measured on one rank as used in its next step, in which
+            # it may rest: the Trainer builds another.
+            self._trainer.model_wrapped = cast(nn.Module, self._trainer.model)
         self.plan = from_first(lambda: self._planned(resume_from))
         logger.info("%s", self.plan)
         with _applied(self._trainer, self.plan):
