@@ -345,6 +345,27 @@ def gradients(report: dict[str, Any]) -> Iterable[str]:
     yield _machine(report)
 
 
+def forecast(report: dict[str, Any]) -> Iterable[str]:
+    """What ``forecast.py`` found."""
+    yield f"Training time of {report['recipe']} with policy static, predicted from measured steps, and measured:\n"
+    yield from _rows(
+        ["processes", "depth", "cache", "predicted", "measured", "error"],
+        (
+            [
+                side["ranks"],
+                run["depth"],
+                run["cache"],
+                *(f"{run[name]:.1f} s" for name in ("predicted", "seconds")),
+                f"{run['error']:+.1%}",
+            ]
+            for side in report["sides"]
+            for run in side["runs"]
+        ),
+    )
+    yield ""
+    yield _machine(report)
+
+
 # By what a file's name begins with.
 TABLES: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "accuracy": accuracy,
@@ -352,6 +373,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "cache": cache,
     "disk": disk,
     "drift": drift,
+    "forecast": forecast,
     "gradients": gradients,
     "interlayer": interlayer,
     "memory": memory,

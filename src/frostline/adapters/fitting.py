@@ -30,7 +30,7 @@ from frostline.policies.registry import create, validate
 from frostline.state import has_state, load_state
 from frostline.trace import first_tensor
 
-__all__ = ["Fitting"]
+__all__ = ["Fitting", "bench_of", "cost_of_optimizer", "way_of"]
 
 logger = logging.getLogger("frostline")
 
@@ -146,14 +146,8 @@ def _fit(
     """The first of several sets of options of a policy that can be made to fit (its number), and how."""
     model: Any = trainer.model
     stack = BlockStack.find(model, blocks)
-    bench = Bench(
-        stack,
-        _longest(trainer),
-        # Not the Trainer's own context: in transformers 5 it is empty, and autocast comes with the wrapped model.
-        lambda inputs: cast(Tensor, trainer.compute_loss(model, dict(inputs))),
-        trainer.accelerator.autocast,
-    )
-    cost, sizes = _optimizer_cost(trainer, stack), None
+    bench = bench_of(trainer, stack)
+    cost, sizes = cost_of_optimizer(trainer, stack), None
     failed: BudgetError | None = None
     for number, options in enumerate(choices):
         freezer = Freezer(stack)
@@ -180,6 +174,26 @@ def _fit(
             model.zero_grad(set_to_none=True)
     assert failed is not None, "there is at least one choice"
     raise failed
+
+
+def bench_of(trainer: Trainer, stack: BlockStack) -> Bench:
+    """Runs steps of the Trainer's model as the Trainer would, on the longest batches that its data bring.
+
+    Raises:
+        ConfigError: its data are a stream.
+    """
+    return Bench(
+        stack,
+        _longest(trainer),
+        # Not the Trainer's own context: in transformers 5 it is empty, and autocast comes with the wrapped model.
+        lambda inputs: cast(Tensor, trainer.compute_loss(cast(nn.Module, trainer.model), dict(inputs))),
+        trainer.accelerator.autocast,
+    )
+
+
+def way_of(trainer: Trainer, level: str) -> Way:
+    """How the Trainer runs a step, as its settings are, at a level of compression."""
+    return Way(level, bool(getattr(trainer.args, _checkpointing(trainer.args))))
 
 
 class _Frozen(NamedTuple):
@@ -308,8 +322,8 @@ def _size(row: Any) -> int:
     )
 
 
-def _optimizer_cost(trainer: Trainer, stack: BlockStack) -> OptimizerCost:
-    """Of the Trainer's optimizer, measured on the largest weight of the last block."""
+def cost_of_optimizer(trainer: Trainer, stack: BlockStack) -> OptimizerCost:
+    """What the Trainer's optimizer takes, measured on the largest weight of the last block."""
     model: Any = trainer.model
     optimizer: Any = trainer.optimizer
     if optimizer is not None:

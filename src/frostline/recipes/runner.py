@@ -30,7 +30,7 @@ from frostline.recipes.training import build_arguments
 from frostline.tasks.classification import Prepared
 from frostline.tasks.registry import TASKS
 
-__all__ = ["RunInterrupted", "RunResult", "prepare", "run"]
+__all__ = ["RunInterrupted", "RunResult", "build_trainer", "prepare", "run"]
 
 SUMMARY_VERSION = 1
 
@@ -122,7 +122,7 @@ def _side(
     recorder = Recorder(
         EventLog(folder / "events.jsonl"), title=recipe.name, plain=plain, earlier=setup, on_first_step=on_first_step
     )
-    trainer = _trainer(recipe, data, checkpoints)
+    trainer = build_trainer(recipe, data, checkpoints)
     trainer.add_callback(recorder)
     frost = attach(
         trainer,
@@ -169,7 +169,8 @@ class _StepScheduleTrainer(Trainer):
         return self.lr_scheduler
 
 
-def _trainer(recipe: Recipe, data: Prepared, checkpoints: Path) -> Trainer:
+def build_trainer(recipe: Recipe, data: Prepared, checkpoints: Path) -> Trainer:
+    """The Trainer of a run, with the untrained model in it; its checkpoints go to ``checkpoints``."""
     set_seed(recipe.seed)
     trainer = _StepScheduleTrainer(
         model=TASKS[recipe.task].build_model(data, recipe.model, recipe.seed),
