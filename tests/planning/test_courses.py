@@ -33,6 +33,7 @@ def moves(course: Course) -> list[tuple[int, int]]:
         {"policy": "static", "depth": 2},
         {"policy": "static", "depth": 0},
         {"policy": "ramp", "start": 0.2, "evaluations_per_epoch": 4},
+        {"policy": "ramp", "start": 0.0, "evaluations_per_epoch": 1},  # moves with the last step, for nothing
         {"policy": "ramp", "start": 0.0, "evaluations_per_epoch": 4, "max_depth_changes": 1},
         {"policy": "random-blocks", "active": 1, "every": 2},
         {"policy": "interlayer", "share": 0.5, "line": {"policy": "ramp", "start": 0.0, "evaluations_per_epoch": 3}},

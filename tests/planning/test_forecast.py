@@ -69,11 +69,14 @@ def test_gradients_decide_between_two_courses(workbench: Path) -> None:
 
 
 def test_several_ranks_are_packed(workbench: Path) -> None:
-    found = planned(workbench, {"ranks": 2, "cluster": SEVERAL}, freeze={"policy": "static", "depth": 2})
+    training = {"max_steps": 12, "per_device_train_batch_size": 8}
+    freeze = {"policy": "static", "depth": 2}
+    found = planned(workbench, {"ranks": 2, "cluster": SEVERAL}, freeze=freeze, training=training)
     plain, *frozen = found.predictions
     packings = ["none", "performance", "efficiency"]
     assert [(p.cache, p.simulation.packing) for p in frozen] == [(c, p) for c in (False, True) for p in packings]
-    assert plain.simulation.steps == 12  # 96 samples, 16 to a step, twice
+    assert found.epochs == 2.0  # 96 samples, 16 to a step
+    assert plain.simulation.steps == 12
     performance, efficiency = frozen[1], frozen[2]
     assert performance.simulation.steps < 12
     assert performance.peak > frozen[0].peak

@@ -35,7 +35,7 @@ MEASURED = Measured(
     spread=(15.0, 25.0),
 )
 NONE = (0.0,) * 6
-KEPT = Spans((5.0, 10.0, 10.0, 10.0, 10.0, 2.0), NONE, NONE, NONE)
+KEPT = Spans((6.0, 10.0, 10.0, 10.0, 10.0, 2.0), NONE, NONE, NONE)
 MEMORY = MemoryModel(600, [100] * 6, {Way(): Activations(Spans(NONE, NONE, NONE, NONE), KEPT)}, OptimizerCost(2.0, 0.0))
 
 
@@ -81,7 +81,10 @@ def test_ranks_wait_for_the_longest_of_their_batches() -> None:
 
 @pytest.mark.parametrize("depth", range(BLOCKS))
 def test_memory_is_that_of_the_memory_model(depth: int) -> None:
-    assert memory_bytes(profile(), depth, 8) == MEMORY.peak(Way(), 8, depth, accumulates=True)
+    expected = MEMORY.peak(Way(), 8, depth, accumulates=True)
+    assert memory_bytes(profile(), depth, 8) == expected
+    # Of two micro-batches one at a time is alive.
+    assert memory_bytes(profile(accumulates=2), depth, 16) == expected
 
 
 def test_time_goes_to_the_block_that_takes_it(workbench: Path) -> None:
