@@ -73,6 +73,7 @@ bench: $(STAMP) ## measure everything the README quotes (about two hours on a qu
 	$(BIN)/python benchmarks/disk.py
 	$(BIN)/python benchmarks/gradients.py trec --threads 2
 	$(BIN)/python benchmarks/distributed.py
+	$(BIN)/python benchmarks/forecast.py
 	$(BIN)/python benchmarks/table.py
 
 bench-gpu: $(STAMP) ## measure tiers, memory and time of compression on a GPU, shapes of base size (some minutes)

@@ -352,6 +352,27 @@ def gradients(report: dict[str, Any]) -> Iterable[str]:
     yield machine(report)
 
 
+def forecast(report: dict[str, Any]) -> Iterable[str]:
+    """What ``forecast.py`` found."""
+    yield f"Training time of {report['recipe']} with policy static, predicted from measured steps, and measured:\n"
+    yield from rows(
+        ["processes", "depth", "cache", "predicted", "measured", "error"],
+        (
+            [
+                side["ranks"],
+                run["depth"],
+                run["cache"],
+                *(f"{run[name]:.1f} s" for name in ("predicted", "seconds")),
+                f"{run['error']:+.1%}",
+            ]
+            for side in report["sides"]
+            for run in side["runs"]
+        ),
+    )
+    yield ""
+    yield machine(report)
+
+
 # By what a file's name begins with.
 TABLES: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "accuracy": accuracy,
@@ -360,6 +381,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "disk": disk,
     "distributed": distributed,
     "drift": drift,
+    "forecast": forecast,
     "gradients": gradients,
     "interlayer": interlayer,
     "memory": memory,

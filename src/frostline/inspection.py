@@ -25,7 +25,7 @@ from frostline.errors import ConfigError, ModelError
 from frostline.memory import LEVELS, Footprint, footprint
 from frostline.trace import Call, first_tensor, made_up_call, undisturbed
 
-__all__ = ["Inspection", "Part", "inspect_model"]
+__all__ = ["Inspection", "Part", "inspect_model", "now", "timed_pass"]
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _measure(
             with _hooks(stack, found.note_boundary):
                 found.kept = [footprint(runner, stack.blocks, call, level) for level in levels]
             for _ in range(repeats):
-                forward, backward = _timed_pass(runner, stack, call)
+                forward, backward = timed_pass(runner, stack, call)
                 found.forward.append(forward)
                 found.backward.append(backward)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -259,29 +259,29 @@ def _hooks(stack: BlockStack, enter: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _timed_pass(runner: nn.Module, stack: BlockStack, call: Call) -> tuple[list[float], list[float]]:
-    """Seconds at each position, forward and backward."""
+def timed_pass(runner: nn.Module, stack: BlockStack, call: Call) -> tuple[list[float], list[float]]:
+    """Seconds of the stem, each block and the head in one pass of ``runner``: forward, and backward."""
     last = len(stack)
     entered: dict[int, float] = {}
     returned: dict[int, float] = {}
 
     def enter(index: int, hidden: torch.Tensor | None) -> None:
         def complete(_: torch.Tensor) -> None:
-            returned[index] = _now()
+            returned[index] = now()
 
         if hidden is not None and hidden.requires_grad:
             hidden.register_hook(complete)  # type: ignore[no-untyped-call]
-        entered[index] = _now()
+        entered[index] = now()
 
     runner.zero_grad(set_to_none=True)
     with _hooks(stack, enter):
-        start = _now()
+        start = now()
         output = runner(*call[0], **call[1])
-        end = _now()
+        end = now()
     loss = _scalar(output)
-    back_start = _now()
+    back_start = now()
     torch.autograd.backward(loss)
-    back_end = _now()
+    back_end = now()
     # A block that did not run (LayerDrop) or has no graph below it (a frozen stem) took no time.
     forward, backward = [end] * (last + 1), [back_end] * (last + 1)
     for index in reversed(range(last + 1)):
@@ -309,7 +309,7 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _now() -> float:
+def now() -> float:
     """Seconds, once the device has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -48,6 +48,11 @@ def test_an_inspection_is_a_profile(tmp_path: Path) -> None:
         assert (one.parameter_bytes, one.activation_bytes) == (40, 10)
 
 
+def test_a_plan_has_a_profile(tmp_path: Path) -> None:
+    planned = write(tmp_path / "plan.json", json.dumps({"recipe": {}, "predictions": [], "profile": PROFILE}))
+    assert read_profile(planned) == read_profile(write(tmp_path / "p.yaml", PROFILE))
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -10,7 +10,7 @@ from frostline.errors import ConfigError
 from frostline.memory import MemoryModel, OptimizerCost, Way
 from frostline.memory.model import Activations, Spans
 from frostline.simulator import Cluster, Link, compare_packings, simulate
-from frostline.simulator.cluster import Part
+from frostline.simulator.cluster import Blocks, Part
 from frostline.simulator.model import (
     PACKINGS,
     SIDES,
@@ -73,6 +73,13 @@ def test_a_step_counts_blocks(depth: int) -> None:
     # With a full cache the prefix does not run.
     found = step_time(profile(), cluster(), depth=depth, batch=3, ranks=1, skipped=float(depth))
     assert found.total == pytest.approx(3 * 3 * (BLOCKS - depth))
+
+
+def test_only_what_trains_is_updated() -> None:
+    blocks = [Blocks(count=BLOCKS, forward_seconds=1.0, parameter_bytes=1, activation_bytes=1, update_seconds=0.1)]
+    given = profile(step_seconds=0.25, blocks=blocks)
+    fixed = [step_time(given, cluster(), depth=depth, batch=7, ranks=1).fixed for depth in range(BLOCKS)]
+    assert fixed == pytest.approx([0.65, 0.55, 0.45, 0.35])
 
 
 def test_only_what_trains_is_sent() -> None:

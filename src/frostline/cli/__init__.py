@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from frostline import __version__
-from frostline.cli import cache, compare, fetch, inspect, launch, recipes, replay, report, run, simulate
+from frostline.cli import cache, compare, fetch, inspect, launch, plan, recipes, replay, report, run, simulate
 from frostline.errors import FrostlineError
 
 __all__ = ["app", "main"]
@@ -63,6 +63,7 @@ def _frostline(
 fetch.register(app)
 recipes.register(app)
 inspect.register(app)
+plan.register(app)
 run.register(app)
 launch.register(app)
 report.register(app)

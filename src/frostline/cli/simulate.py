@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from frostline.cli.output import show, write_json
 from frostline.errors import ConfigError
 
 if TYPE_CHECKING:
     from frostline.simulator import Cluster, Course, Profile, Trajectory
     from frostline.simulator.tables import Table
 
-__all__ = ["parse_ranks", "register"]
+__all__ = ["parse_ranks", "register", "trajectory_at"]
 
 _EPILOG = """Examples:
 
@@ -100,10 +101,10 @@ def register(app: typer.Typer) -> None:
         if len(counts) == 1:
             tables.append(stage_table(scaling[counts[0]]))
         title, notes = _title(model, machines, course, rows), _notes(model, machines, course, rows)
-        _show(title, tables, notes)
+        show(title, tables, notes)
         if json_file is not None:
             runs = {str(n): {side: run.numbers() for side, run in sides.items()} for n, sides in scaling.items()}
-            _write(json_file, {**numbers, "batch": rows, "cache": cache, "notes": notes, "ranks": runs})
+            write_json(json_file, {**numbers, "batch": rows, "cache": cache, "notes": notes, "ranks": runs})
         if plot is not None:
             from frostline.report.simulation import write_simulation
 
@@ -144,11 +145,11 @@ def _inputs(
         raise ConfigError("give the files PROFILE TRAJECTORY CLUSTER, or --published")
     if batch is None:
         raise ConfigError("give --batch: the samples of a rank's micro-batch at the start")
-    course = _trajectory(trajectory).course(samples, epochs)
+    course = trajectory_at(trajectory).course(samples, epochs)
     return read_profile(profile), read_cluster(cluster), course, batch
 
 
-def _trajectory(path: Path) -> Trajectory:
+def trajectory_at(path: Path) -> Trajectory:
     """A run's, where ``path`` is its directory or its log or summary in it; else a file's."""
     from frostline.simulator import Trajectory, read_trajectory
 
@@ -181,35 +182,6 @@ def _notes(profile: Profile, cluster: Cluster, course: Course, batch: int) -> li
             f"with nothing frozen {most:,} samples a rank would fit already, not {batch:,}: "
             "a part of what packing gains is not freezing's"
         )
-    late = [move for move in course.moves if move.samples >= course.samples]
-    if late:
-        notes.append(f"the run ends at sample {course.samples:,}: later moves are left out ({len(late)})")
+    if course.late:
+        notes.append(f"the run ends at sample {course.samples:,}: later moves are left out ({len(course.late)})")
     return notes
-
-
-def _show(title: str, tables: list[Table], notes: list[str]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as Shown
-    from rich.text import Text
-
-    print(title)
-    for table in tables:
-        print(f"\n{table.caption}")
-        shown = Shown(box=box.SIMPLE_HEAD)
-        for i, column in enumerate(table.columns):
-            shown.add_column(column, justify="right" if i else "left", no_wrap=not i)
-        for row in table.rows:
-            shown.add_row(*(Text(cell) for cell in row))
-        Console().print(shown)
-    for note in notes:
-        print(f"note: {note}")
-
-
-def _write(path: Path, numbers: dict[str, Any]) -> None:
-    import json
-
-    try:
-        path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {str(path)!r}: {error.strerror or error}") from None

@@ -36,7 +36,7 @@ from frostline.recipes.training import build_arguments
 from frostline.tasks.classification import Prepared
 from frostline.tasks.registry import TASKS
 
-__all__ = ["RunInterrupted", "RunResult", "prepare", "run", "run_stage"]
+__all__ = ["RunInterrupted", "RunResult", "build_trainer", "prepare", "run", "run_stage"]
 
 SUMMARY_VERSION = 1
 
@@ -166,7 +166,7 @@ def _side(
         EventLog(folder / "events.jsonl" if is_first() else None), title=recipe.name, plain=plain, earlier=setup,
         on_first_step=on_first_step, epoch=staged.order.samples if staged is not None else None, shown=is_first(),
     )  # fmt: skip
-    trainer = _trainer(recipe, data, checkpoints, staged)
+    trainer = build_trainer(recipe, data, checkpoints, staged)
     trainer.add_callback(recorder)
     frost = attach(
         trainer,
@@ -227,7 +227,11 @@ class _RecipeTrainer(Trainer):
         return self.lr_scheduler
 
 
-def _trainer(recipe: Recipe, data: Prepared, checkpoints: Path, staged: Staged | None) -> Trainer:
+def build_trainer(recipe: Recipe, data: Prepared, checkpoints: Path, staged: Staged | None = None) -> Trainer:
+    """The Trainer of a run, or of a stage of it, with the untrained model in it.
+
+    Its checkpoints go to ``checkpoints``.
+    """
     set_seed(recipe.seed)
     settings = staged.settings() if staged is not None else recipe.training
     trainer = _RecipeTrainer(

@@ -36,13 +36,15 @@ class Part(Input):
 
     ``forward_seconds`` and ``backward_seconds`` are those of one sample; without the second the backward pass takes
     twice the forward pass (input gradient and weight gradient). ``parameter_bytes`` are also the bytes of its
-    gradient. ``activation_bytes`` is what one sample leaves for the backward pass.
+    gradient. ``activation_bytes`` is what one sample leaves for the backward pass. ``update_seconds``: of the
+    optimizer's update of what it holds, once a step in which it trains.
     """
 
     forward_seconds: Seconds
     backward_seconds: Seconds | None = None
     parameter_bytes: Bytes
     activation_bytes: Bytes
+    update_seconds: Seconds = 0.0
 
     @property
     def backward(self) -> float:
@@ -61,7 +63,8 @@ class Profile(Input):
 
     ``optimizer_state``: bytes that the optimizer keeps for each byte of what trains (AdamW: 2; SGD with momentum: 1).
     ``sample_bytes``: what a sample takes of memory wherever the frost line is (its inputs, working memory).
-    ``step_seconds``: of a step, whatever its size and depth (the optimizer's update, launching kernels).
+    ``step_seconds``: of a step, whatever its size and depth (launching kernels; the optimizer's update, where no part
+    says its own).
     """
 
     name: str = ""

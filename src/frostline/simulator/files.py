@@ -23,11 +23,13 @@ _SHOWN = 3
 
 
 def read_profile(path: Path) -> Profile:
-    """A profile's file, or what ``frostline inspect MODEL --json`` printed.
+    """A profile's file, what ``frostline inspect MODEL --json`` printed, or what ``frostline plan --json`` wrote.
 
     An inspection may be given the keys ``optimizer_state``, ``sample_bytes`` and ``step_seconds`` besides its own.
     """
     content = _mapping(load(path, "profile"), path, "profile")
+    if "predictions" in content:
+        content = _mapping(content.get("profile"), path, "profile")
     if {"parts", "batch"} <= content.keys():
         content = _from_inspection(content, path)
     return validated(Profile, content, f"profile {str(path)!r}")

@@ -39,7 +39,11 @@ SIDES = ("full", *PACKINGS)
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step. ``waiting`` is the part of the all-reduce that the backward pass does not hide."""
+    """Seconds of one step.
+
+    ``fixed`` does not depend on its size; ``waiting`` is the part of the all-reduce that the backward pass does not
+    hide.
+    """
 
     fixed: float
     forward: float
@@ -91,8 +95,12 @@ class Simulation:
         return sum(stage.steps for stage in self.stages)
 
     @property
+    def rank_hours(self) -> float:
+        return sum(stage.ranks * stage.seconds for stage in self.stages) / 3600
+
+    @property
     def cost(self) -> float:
-        return sum(stage.ranks * stage.seconds for stage in self.stages) / 3600 * self.price_per_rank_hour
+        return self.rank_hours * self.price_per_rank_hour
 
     def numbers(self) -> dict[str, Any]:
         """JSON values."""
@@ -124,13 +132,15 @@ def step_time(
     """One step with ``batch`` samples on each of ``ranks`` ranks.
 
     The whole model runs forward, less ``skipped`` seconds a sample that a cache saves; what lies above the frost line
-    runs backward and sends its gradients. With N equal blocks that is (3N - 2k) blocks' forward passes at depth k.
+    runs backward, is updated and sends its gradients. With N equal blocks that is (3N - 2k) blocks' forward passes at
+    depth k.
     """
     above = profile.above(depth)
     forward = batch * (sum(part.forward_seconds for part in profile.parts) - skipped)
     backward = batch * sum(part.backward for part in above)
+    fixed = profile.step_seconds + sum(part.update_seconds for part in above)
     sending = all_reduce_seconds(cluster, sum(part.parameter_bytes for part in above), ranks)
-    return StepTime(profile.step_seconds, forward, backward, max(0.0, sending - cluster.overlap * backward))
+    return StepTime(fixed, forward, backward, max(0.0, sending - cluster.overlap * backward))
 
 
 def memory_bytes(profile: Profile, depth: int, batch: int) -> float:

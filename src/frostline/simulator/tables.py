@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from frostline.simulator.model import SIDES, Simulation
 from frostline.simulator.published import Check, check, setup
 
-__all__ = ["LABELS", "Scaling", "Table", "duration", "published_tables", "scaling_tables", "stage_table"]
+__all__ = ["LABELS", "Scaling", "Table", "duration", "money", "published_tables", "scaling_tables", "stage_table"]
 
 Scaling = Mapping[int, Mapping[str, Simulation]]
 """By number of ranks, by side (:data:`frostline.simulator.model.SIDES`)."""
@@ -42,8 +42,8 @@ def scaling_tables(scaling: Scaling) -> list[Table]:
         costs.append(
             (
                 f"{ranks:,}",
-                _money(full.cost),
-                *(f"{_money(side.cost)}, {full.cost / side.cost:.2f}x" for side in frozen),
+                money(full.cost),
+                *(f"{money(side.cost)}, {full.cost / side.cost:.2f}x" for side in frozen),
             )
         )
     packings = tuple(LABELS[side] for side in SIDES[1:])
@@ -114,5 +114,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86_400:,.1f} d"
 
 
-def _money(value: float) -> str:
+def money(value: float) -> str:
+    """A sum in whatever a price is in."""
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"

@@ -79,6 +79,11 @@ class Course:
         """Samples of the whole run."""
         return max(1, round(self.samples_per_epoch * self.epochs))
 
+    @property
+    def late(self) -> tuple[Move, ...]:
+        """The moves that are never made."""
+        return tuple(move for move in self.moves if move.samples >= self.samples)
+
     def unfrozen(self) -> Course:
         """The same run with nothing frozen."""
         return replace(self, moves=())
