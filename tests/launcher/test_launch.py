@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -37,12 +38,19 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     done: dict[str, Path] = {}
 
     def start(
-        ranks: int, mode: str, *, dropout: float = 0.0, kills: list[dict[str, Any]] | None = None, **pack: Any
+        ranks: int,
+        mode: str,
+        *,
+        dropout: float = 0.0,
+        cache: str = "off",
+        kills: list[dict[str, Any]] | None = None,
+        **pack: Any,
     ) -> Path:
-        name = json.dumps([ranks, mode, dropout, kills, pack])
+        name = json.dumps([ranks, mode, dropout, cache, kills, pack])
         if name not in done:
             root = tmp_path_factory.mktemp("launched")
-            content = recipe(root, dropout, pack={**PACK, "mode": mode, **pack})
+            caching = {"mode": cache, **({"folder": str(root / "records")} if cache == "disk" else {})}
+            content = recipe(root, dropout, pack={**PACK, "mode": mode, **pack}, cache=caching)
             content["training"]["per_device_train_batch_size"] = 8 // ranks
             (root / "kills.json").write_text(json.dumps(kills or []))
             with pytest.MonkeyPatch.context() as patch:
@@ -155,6 +163,22 @@ def test_ranks_that_are_killed_change_nothing(launched: Launched) -> None:
         [event for event in read_events(run / "events.jsonl") if event["event"] == "packing"] for run in (killed, whole)
     ]
     assert len(looks[0]) == len(looks[1]) == 2
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("draw", range(4))
+def test_ranks_that_are_killed_at_twenty_points(draw: int, launched: Launched) -> None:
+    """Five in each run; in the last two with records on disk, which are being written when the kill comes."""
+    chosen = random.Random(draw)
+    kills: list[dict[str, Any]] = [
+        {"at": at, "rank": chosen.randrange(2 if at < 72 else 1)} for at in chosen.sample(range(8, 192, 8), 4)
+    ]
+    kills.append({"at": ("look", "saved", "carried", "listed")[draw], "rank": int(draw == 3)})
+    settings: dict[str, Any] = {"dropout": 0.1, "cache": "disk" if draw > 1 else "off"}
+    killed, whole = launched(2, "efficiency", kills=kills, **settings), launched(2, "efficiency", **settings)
+    # A record is read where it was computed before, and rounding differs.
+    assert losses(killed) == pytest.approx(losses(whole), abs=1e-4 if draw > 1 else 0)
+    assert trained_on(killed) == trained_on(whole)
 
 
 def test_two_hosts_meet_and_one_leaves(tmp_path: Path) -> None:
