@@ -135,7 +135,7 @@ def forecast(
         measured = measure_steps(trainer, bench, way)
     micro = trainer.args.gradient_accumulation_steps
     profile = measured.profile(type(stack.model).__name__, memory, way, accumulates=micro, ranks=ranks)
-    peaks = _Peaks(memory, way, stack, micro, ranks)
+    peaks = _Peaks(memory, way, stack, profile, micro, ranks)
     batch = micro * trainer.args.per_device_train_batch_size
 
     def predict(name: str, course: Course, packing: str, *, cache: bool = False) -> Prediction:
@@ -181,6 +181,7 @@ class _Peaks:
     memory: MemoryModel
     way: Way
     stack: BlockStack
+    profile: Profile
     micro: int
     ranks: int
 
@@ -192,8 +193,9 @@ class _Peaks:
         )
 
     def _at(self, depth: int, rows: int) -> int:
-        # DDP keeps the gradients in its buckets until the step is done.
-        return self.memory.peak(self.way, rows, depth, accumulates=self.micro > 1 or self.ranks > 1)
+        # DDP exchanges gradients in buckets of its own, which stand beside them.
+        buckets = sum(part.parameter_bytes for part in self.profile.above(depth)) if self.ranks > 1 else 0
+        return self.memory.peak(self.way, rows, depth, accumulates=self.micro > 1) + buckets
 
     def _sums(self, depth: int) -> int:
         """In fp32, of the blocks that train."""
