@@ -50,7 +50,7 @@ from frostline.recipes.schema import Recipe, load_recipe  # noqa: E402
 TOLERANCE = 1e-5
 PROPORTION = 0.02
 POLICIES: dict[str, dict[str, Any]] = {
-    "gradient-norm": {"policy": "gradient-norm", "percentile": 50.0, "evaluations_per_epoch": 10},
+    "gradient-norm": {"policy": "gradient-norm", "percentile": 75.0, "evaluations_per_epoch": 10},
     "ramp": {"policy": "ramp", "start": 0.0, "level": 1.0, "evaluations_per_epoch": 12},
 }
 ARGUMENTS: dict[str, dict[str, Any]] = {
