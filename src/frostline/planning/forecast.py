@@ -18,6 +18,7 @@ from frostline.adapters.measuring import bench_of, cost_of_optimizer, way_of
 from frostline.blocks import BlockStack
 from frostline.briefing import plan_for
 from frostline.clock import Clock
+from frostline.distributed import Buckets
 from frostline.errors import ConfigError
 from frostline.memory import MemoryModel, Way
 from frostline.planning.courses import foresee
@@ -131,11 +132,12 @@ def forecast(
         policy = create(recipe.freeze.policy, recipe.freeze.options, plan)
         courses = _courses(recipe, plan, clock, trajectory)
         bench, way = bench_of(trainer, stack), way_of(trainer, recipe.memory.level)
-        memory = MemoryModel.measure(bench, [way], cost_of_optimizer(trainer, stack))
+        buckets = Buckets.of(stack.model) if ranks > 1 else None
+        memory = MemoryModel.measure(bench, [way], cost_of_optimizer(trainer, stack), buckets=buckets)
         measured = measure_steps(trainer, bench, way)
     micro = trainer.args.gradient_accumulation_steps
     profile = measured.profile(type(stack.model).__name__, memory, way, accumulates=micro, ranks=ranks)
-    peaks = _Peaks(memory, way, stack, profile, micro, ranks)
+    peaks = _Peaks(memory, way, stack, micro)
     batch = micro * trainer.args.per_device_train_batch_size
 
     def predict(name: str, course: Course, packing: str, *, cache: bool = False) -> Prediction:
@@ -181,9 +183,7 @@ class _Peaks:
     memory: MemoryModel
     way: Way
     stack: BlockStack
-    profile: Profile
     micro: int
-    ranks: int
 
     def of(self, found: Simulation, *, sums: bool) -> int:
         """The most of all stages; ``sums``: the policy keeps a sum of gradients."""
@@ -193,9 +193,7 @@ class _Peaks:
         )
 
     def _at(self, depth: int, rows: int) -> int:
-        # DDP exchanges gradients in buckets of its own, which stand beside them.
-        buckets = sum(part.parameter_bytes for part in self.profile.above(depth)) if self.ranks > 1 else 0
-        return self.memory.peak(self.way, rows, depth, accumulates=self.micro > 1) + buckets
+        return self.memory.peak(self.way, rows, depth, accumulates=self.micro > 1)
 
     def _sums(self, depth: int) -> int:
         """In fp32, of the blocks that train."""
