@@ -193,17 +193,18 @@ def _run_stage(
         except SignalException:
             raise KeyboardInterrupt("stopped; the same command with resume=true goes on") from None
         finally:
-            _note(run, number, Verdict.read(path), time.monotonic() - started, _cpu_seconds() - cpu)
+            _note(run, meeting.name, number, Verdict.read(path), time.monotonic() - started, _cpu_seconds() - cpu)
         if verdict is None:
             raise FrostlineError("the processes of the stage ended without saying how")
         return verdict
 
 
-def _note(run: Path, number: int, verdict: Verdict | None, seconds: float, cpu_seconds: float) -> None:
+def _note(run: Path, name: str, number: int, verdict: Verdict | None, seconds: float, cpu_seconds: float) -> None:
     """Note what a stage took, on the host of the first rank; of processes that did not say, what was planned."""
     with contextlib.suppress(ResumeError):
         stages = Stages.read(run)
-        if stages is not None and (verdict is None or (verdict.first and verdict.status != "failed")):
+        begun = stages is not None and stages.launch == name  # or another run is there, and this one was refused
+        if stages is not None and begun and (verdict is None or (verdict.first and verdict.status != "failed")):
             stage = stages.stages[number]
             ranks = verdict.ranks if verdict is not None else stage.ranks
             note(run, Entry(number, ranks, stage.batch, seconds, cpu_seconds))
