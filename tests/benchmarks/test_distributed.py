@@ -1,4 +1,7 @@
-"""``benchmarks/distributed.py`` on a tiny model: 1 and 2 ranks are compared, bytes counted and steps timed."""
+"""``benchmarks/distributed.py`` on a tiny model: 1 and 2 ranks are compared, bytes counted and steps timed.
+
+What takes ranks is among the slow tests: ``tests/distributed`` has the same claims of smaller runs.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +51,7 @@ def policies(found: dict[int, list[dict[str, Any]]]) -> dict[int, list[dict[str,
     }
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(found: dict[int, list[dict[str, Any]]]) -> None:
     rows = compare(policies(found))
     assert [(row["policy"], row["ranks"]) for row in rows] == [
@@ -66,6 +70,7 @@ def test_two_ranks_train_as_one(found: dict[int, list[dict[str, Any]]]) -> None:
         assert not row["limits"]
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_agree_are_found(found: dict[int, list[dict[str, Any]]]) -> None:
     wrong = policies(found)
     one, other = wrong[2]
@@ -81,6 +86,7 @@ def test_ranks_that_do_not_agree_are_found(found: dict[int, list[dict[str, Any]]
     assert not second["met"]
 
 
+@pytest.mark.slow
 def test_bytes_follow_what_trains(found: dict[int, list[dict[str, Any]]]) -> None:
     steps = [step for rank in found[2] for step in rank["ramp"]["steps"]]
     rows = by_depth(steps)
@@ -92,6 +98,7 @@ def test_bytes_follow_what_trains(found: dict[int, list[dict[str, Any]]]) -> Non
     assert {step["sent"] for rank in found[1] for step in rank["ramp"]["steps"]} == {0}, "one rank sends nothing"
 
 
+@pytest.mark.slow
 def test_what_was_found_is_shown(found: dict[int, list[dict[str, Any]]]) -> None:
     samples: dict[int, dict[str, list[float]]] = {ranks: {side: [] for side in SIDES} for ranks in found}
     for ranks, seen in found.items():
