@@ -30,6 +30,7 @@ from frostline.errors import ConfigError, FrostlineError, ResumeError
 from frostline.launcher.verdict import Verdict
 from frostline.packing import Entry, Stage, Stages, note
 from frostline.recipes.schema import load_recipe
+from frostline.recipes.staged import check
 
 __all__ = ["Hosts", "launch"]
 
@@ -134,6 +135,7 @@ def launch(
         KeyboardInterrupt: Ctrl-C; the run can be resumed.
     """
     settings = load_recipe(recipe, list(overrides))
+    check(settings)
     meeting = _Meeting(hosts)
     stages = Stages.read(settings.directory) if settings.resume else None
     stage = stages.current if stages is not None else None

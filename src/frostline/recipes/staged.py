@@ -17,7 +17,7 @@ from frostline.packing import STAGES, Job, Order, Stage, Stages
 from frostline.recipes.ranks import agreed, is_first, rank, ranks, unseen
 from frostline.recipes.schema import Recipe
 
-__all__ = ["Launch", "Staged", "continued"]
+__all__ = ["Launch", "Staged", "check", "continued"]
 
 
 class Launch:
@@ -49,6 +49,64 @@ def continued(recipe: Recipe, launch: Launch) -> Recipe | None:
     return recipe.model_copy(update={"resume": begun is not None, "overwrite": begun is None})
 
 
+def check(recipe: Recipe) -> None:
+    """Whether ``recipe`` can be launched.
+
+    Raises:
+        ConfigError: a setting that stages, or packing, cannot keep.
+    """
+    training, pack = recipe.training, recipe.pack
+    if recipe.baseline != "none":
+        raise ConfigError(
+            f"baseline={recipe.baseline} is for frostline run: launch it by itself, with freeze.policy=none "
+            "and an output_dir of its own, then compare both"
+        )
+    strategy = training.get("train_sampling_strategy", "random")
+    if strategy not in ("random", "sequential"):
+        raise ConfigError(
+            f"training.train_sampling_strategy={strategy!r}: a launched run deals out its samples itself; choose "
+            "random or sequential"
+        )
+    if training.get("auto_find_batch_size"):
+        raise ConfigError("training.auto_find_batch_size changes batches that have been dealt out: drop it")
+    if recipe.memory.budget is not None:
+        raise ConfigError(
+            "memory.budget does not go with a launched run, whose micro-batches have been dealt out: set memory.level, "
+            "and a batch that fits (pack.memory says what a rank may take when stages change)"
+        )
+    if pack.mode == "none":
+        return
+    fractional = training["num_train_epochs"] % 1 > 0 and pack.mode == "performance"
+    reasons = {
+        "freeze.policy=none": (not _freezes(recipe), "nothing is frozen, so no memory is freed"),
+        "training.max_steps": (training.get("max_steps", -1) > 0, "steps change; set training.num_train_epochs"),
+        "training.load_best_model_at_end": (
+            training.get("load_best_model_at_end", False),
+            "the checkpoints of earlier stages are gone at the end",
+        ),
+        "training.save_strategy=best": (training["save_strategy"] == "best", "a stage ends with a checkpoint"),
+        "training.save_only_model": (
+            training.get("save_only_model", False),
+            "a stage goes on with the moments of the one before",
+        ),
+        "training.ignore_data_skip": (
+            training.get("ignore_data_skip", False),
+            "a stage goes on in the data where the one before stopped",
+        ),
+        f"training.lr_scheduler_type={training['lr_scheduler_type']}": (
+            training["lr_scheduler_type"] in ("reduce_lr_on_plateau", "greedy"),
+            "a stage begins at its place in the schedule",
+        ),
+        f"training.num_train_epochs={training['num_train_epochs']}": (
+            fractional,
+            "larger batches end an epoch elsewhere; choose a whole number",
+        ),
+    }
+    for name, (given, why) in reasons.items():
+        if given:
+            raise ConfigError(f"{name} does not go with pack.mode={pack.mode}: {why}")
+
+
 class Staged:
     """The stage that this process is to train.
 
@@ -68,7 +126,7 @@ class Staged:
 
     def __init__(self, recipe: Recipe, launch: Launch, rows: int, started: float) -> None:
         self._recipe, self._rows, self._started = recipe, rows, started
-        self._refuse()
+        check(recipe)
         self._stages = agreed(lambda: self._found(launch))
         if blind := unseen(recipe.directory / STAGES):
             raise ConfigError(
@@ -128,54 +186,6 @@ class Staged:
     @property
     def _folder(self) -> Path:
         return self._recipe.directory / "checkpoints"
-
-    def _refuse(self) -> None:
-        training, pack = self._recipe.training, self._recipe.pack
-        if self._recipe.baseline != "none":
-            raise ConfigError(
-                f"baseline={self._recipe.baseline} is for frostline run: launch it by itself, with freeze.policy=none "
-                "and an output_dir of its own, then compare both"
-            )
-        strategy = training.get("train_sampling_strategy", "random")
-        if strategy not in ("random", "sequential"):
-            raise ConfigError(
-                f"training.train_sampling_strategy={strategy!r}: a launched run deals out its samples itself; choose "
-                "random or sequential"
-            )
-        if training.get("auto_find_batch_size"):
-            raise ConfigError("training.auto_find_batch_size changes batches that have been dealt out: drop it")
-        if not self._packs:
-            return
-        fractional = training["num_train_epochs"] % 1 > 0 and pack.mode == "performance"
-        reasons = {
-            "freeze.policy=none": (not _freezes(self._recipe), "nothing is frozen, so no memory is freed"),
-            "memory.budget": (self._recipe.memory.budget is not None, "pack.memory says what a rank may take"),
-            "training.max_steps": (training.get("max_steps", -1) > 0, "steps change; set training.num_train_epochs"),
-            "training.load_best_model_at_end": (
-                training.get("load_best_model_at_end", False),
-                "the checkpoints of earlier stages are gone at the end",
-            ),
-            "training.save_strategy=best": (training["save_strategy"] == "best", "a stage ends with a checkpoint"),
-            "training.save_only_model": (
-                training.get("save_only_model", False),
-                "a stage goes on with the moments of the one before",
-            ),
-            "training.ignore_data_skip": (
-                training.get("ignore_data_skip", False),
-                "a stage goes on in the data where the one before stopped",
-            ),
-            f"training.lr_scheduler_type={training['lr_scheduler_type']}": (
-                training["lr_scheduler_type"] in ("reduce_lr_on_plateau", "greedy"),
-                "a stage begins at its place in the schedule",
-            ),
-            f"training.num_train_epochs={training['num_train_epochs']}": (
-                fractional,
-                "larger batches end an epoch elsewhere; choose a whole number",
-            ),
-        }
-        for name, (given, why) in reasons.items():
-            if given:
-                raise ConfigError(f"{name} does not go with pack.mode={pack.mode}: {why}")
 
     def _found(self, launch: Launch) -> Stages:
         """The run's stages so far; of a run that begins, the first."""
