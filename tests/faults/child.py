@@ -253,7 +253,7 @@ def _without_sums() -> None:
 
 
 def _without_loss() -> None:
-    huggingface.Frost._restore_loss = lambda self, saved: None  # type: ignore[method-assign]
+    huggingface.Frost._restore_loss = lambda self, saved, step: None  # type: ignore[method-assign]
 
 
 def _without_waiting() -> None:
