@@ -217,3 +217,28 @@ def test_compiling_in_place_does_not_compile_the_look_at_a_model() -> None:
     frost = frostline.Frostline(model, None, policy="static", depth=1, **PLAN)
     assert frost.stack.traced
     assert counter.frame_count == 0
+
+
+def test_after_resuming_with_larger_batches_a_gradient_counts_as_its_batch_is_large() -> None:
+    model = bert()
+    model(**batches(8)[0]).loss.backward()
+
+    def norms(batch_size: int, saved: dict[str, Any] | None = None) -> tuple[dict[int, float], dict[str, Any]]:
+        frost = frostline.Frostline(
+            model, torch.optim.SGD(model.parameters(), lr=RATE), steps_per_epoch=8, epochs=2, batch_size=batch_size,
+            **ONCE,
+        )  # fmt: skip
+        if saved is not None:
+            frost.load_state_dict(saved)
+        frost.before_step()
+        frost.after_step()
+        state = copy.deepcopy(frost.state_dict())
+        assert frost._statistics is not None
+        return frost._statistics.observed()["scores"], state
+
+    once, saved = norms(8)
+    same, _ = norms(8, saved)
+    larger, _ = norms(24, saved)
+    for block, norm in once.items():
+        assert same[block] == pytest.approx(2 * norm, rel=1e-5)
+        assert larger[block] == pytest.approx((1 + 3) * norm, rel=1e-5)

@@ -12,7 +12,7 @@ import pytest
 from frostline import BlockStack
 from frostline.adapters.measuring import bench_of
 from frostline.memory import MemoryModel, OptimizerCost, Way
-from frostline.memory.model import Activations, Spans
+from frostline.memory.spans import Activations, Spans
 from frostline.planning import ALONE, Measured, measure_steps
 from frostline.recipes.runner import build_trainer, prepare
 from frostline.recipes.schema import Recipe

@@ -8,7 +8,7 @@ import pytest
 
 from frostline.errors import ConfigError
 from frostline.memory import MemoryModel, OptimizerCost, Way
-from frostline.memory.model import Activations, Spans
+from frostline.memory.spans import Activations, Spans
 from frostline.simulator import Cluster, Link, compare_packings, simulate
 from frostline.simulator.cluster import Blocks, Part
 from frostline.simulator.model import (

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 
 from frostline.clock import process_start
 from frostline.errors import FrostlineError, RankError
@@ -83,20 +84,12 @@ def _end_with_the_launcher() -> None:
 def _stays(recipe: Recipe, per_host: int, must_stay: bool) -> bool:
     """Whether this host takes part in the next stage: the one that all meet at does, then those of the lowest ranks."""
     host = int(os.environ.get("GROUP_RANK", "0"))
-    hosts = sorted(_gathered((not must_stay, host)))
+    hosts: list[tuple[bool, int]] = sorted(gather_object([(not must_stay, host)]))
     stages = Stages.read(recipe.directory)
     assert stages is not None, "the next stage has been written"
     needed = -(-stages.current.ranks // per_host)
     kept = list(dict.fromkeys(number for _, number in hosts))[:needed]
     return host in kept
-
-
-def _gathered(mine: tuple[bool, int]) -> list[tuple[bool, int]]:
-    if not dist.is_initialized():
-        return [mine]
-    found: list[tuple[bool, int]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found
 
 
 if __name__ == "__main__":
