@@ -17,7 +17,7 @@ DEMO_RUN := runs/trec-demo-seed0
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv fetch demo test test-faults test-slow test-browser bench bench-gpu lint types
+.PHONY: help venv fetch demo test test-faults test-slow test-browser test-gpu bench bench-gpu lint types
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ test-browser: $(STAMP) ## look at the report in headless Chromium (installs Debi
 		{ command -v apt-get > /dev/null && apt-get update -q && apt-get install -q -y chromium; } || \
 		{ echo "Chromium is needed, and could not be installed here"; exit 1; }
 	$(TEST_ENV) $(BIN)/python -m pytest -m browser
+
+test-gpu: $(STAMP) ## run the tests that need a CUDA device
+	$(TEST_ENV) CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest -m gpu -s
 
 bench: $(STAMP) ## measure everything the README quotes (about two hours on a quiet machine)
 	@$(BIN)/frostline fetch minilm mpnet trec reuters8

@@ -29,6 +29,7 @@ import torch
 if not __package__:  # run as a script: its siblings are found from the root of the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.reports import accelerator  # noqa: E402
 from benchmarks.turns import Job, in_turns  # noqa: E402
 from frostline.events import TRAINING_PHASES, environment  # noqa: E402
 from frostline.recipes.runner import prepare, run  # noqa: E402
@@ -86,6 +87,7 @@ def one_run(name: str, overrides: list[str], seed: int, threads: int) -> dict[st
         shutil.rmtree(Path(folder) / "run")
     return {
         "seed": seed,
+        "device": accelerator(),
         "policy": summary["policy"],
         "train_seconds": sum(summary["seconds"][phase] for phase in TRAINING_PHASES),
         "total_seconds": summary["seconds"]["total"],
@@ -105,11 +107,13 @@ def _correct(recipe: Recipe, model_path: Path) -> list[bool]:
     data = prepare(recipe)
     rows = data.test
     assert rows is not None
-    model = TASKS[recipe.task].build_model(data, str(model_path), recipe.seed).eval()
+    device = accelerator()
+    model = TASKS[recipe.task].build_model(data, str(model_path), recipe.seed).eval().to(device)
     right: list[bool] = []
     with torch.inference_mode():
         for start in range(0, len(rows), 64):
             batch = data.collator([rows[i] for i in range(start, min(start + 64, len(rows)))])
+            batch = {name: value.to(device) for name, value in batch.items()}
             labels = batch.pop("labels")
             right += (model(**batch).logits.argmax(-1) == labels).tolist()
     return right

@@ -24,8 +24,8 @@ import torch
 if not __package__:  # run as a script: its siblings are found from the root of the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.memory import arguments_of_shape, each_alone, finish, measure_memory, results_of, shape_of  # noqa: E402
-from benchmarks.modes import MODES, Mode, Training, build  # noqa: E402
+from benchmarks.memory import arguments_of_shape, build_as, each_alone, finish, measure_memory, results_of, shape_of  # noqa: E402
+from benchmarks.modes import MODES, Mode, Training  # noqa: E402
 from benchmarks.reports import made_by  # noqa: E402
 from benchmarks.timing import paired_ratio, seconds_per_call  # noqa: E402
 
@@ -73,7 +73,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Memory of one way, and its time against full fine-tuning."""
     kind, way = WAYS[name]
     found, training = measure_memory(way, options)
-    plain = build(MODES["full"], options.shape, options.rows, options.length, options.seed, options.device)
+    plain = build_as(MODES["full"], options)
     plain.settle(options.seed)
     samples = in_turn({"way": training, "full": plain}, options)
     cached = training.cache["bytes"] / training.cache["records"] if training.cache is not None else 0

@@ -22,7 +22,7 @@ if not __package__:  # run as a script: its siblings are found from the root of 
 
 from benchmarks.abreast import abreast  # noqa: E402
 from benchmarks.accuracy import one_run  # noqa: E402
-from benchmarks.reports import RESULTS, made_by, write  # noqa: E402
+from benchmarks.reports import RESULTS, accelerator, made_by, write  # noqa: E402
 from frostline.memory import LEVELS  # noqa: E402
 
 _CHANGES = ["freeze={policy: none}", "cache.mode=off"]
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {"recipe": options.recipe, "overrides": options.overrides, "steps": options.steps}
     earlier = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     report = earlier if earlier.get("settings") == settings else {
-        "settings": settings, **made_by("drift.py", 0, "cpu"), "runs": [],
+        "settings": settings, **made_by("drift.py", 0, accelerator()), "runs": [],
     }  # fmt: skip
 
     def done(key: tuple[str, int], run: dict[str, Any]) -> None:

@@ -5,7 +5,8 @@
 
 Each side has a learning rate of its own, tuned alike: the one with the best validation accuracy (then the least
 validation loss) among three, by a seed that is not compared; where the best is the highest or the lowest, the next one
-is tried as well, twice at most. Then both sides run from the same initial weights for each seed, two runs at a time
+is tried as well, twice at most. Ours is tuned so at each share of resting layers (SlimFit chooses its share by task,
+too), and the better one is taken. Then both sides run from the same initial weights for each seed, two runs at a time
 with a thread each: accuracy is the figure here, not time. The loss (full minus ours, in points) is compared item by
 item on the test split, as accuracy.py does, and pooled with every task counting alike. A run that was cut off goes on
 where it stopped.
@@ -26,14 +27,14 @@ if not __package__:  # run as a script: its siblings are found from the root of 
 
 from benchmarks.abreast import abreast  # noqa: E402
 from benchmarks.accuracy import SIDES, accuracy_loss, interval, losses, one_run, paired, resampled  # noqa: E402
-from benchmarks.reports import RESULTS, made_by, write  # noqa: E402
+from benchmarks.reports import RESULTS, accelerator, made_by, write  # noqa: E402
 
 # Of which size a task is, so that all its runs end within 40 minutes.
 TASKS: dict[str, list[str]] = {
     "trec": ["training.num_train_epochs=3"],
     "movie": ["data.train_limit=4000"],
-    "20newsgroups": ["data.train_limit=1500", "data.test_limit=1000", "max_length=64", "training.num_train_epochs=4"],
-    "fashion-mnist": ["data.train_limit=1000", "data.test_limit=1000"],
+    "20newsgroups": ["data.train_limit=1500", "data.test_limit=4000", "max_length=64", "training.num_train_epochs=4"],
+    "fashion-mnist": ["data.train_limit=1000"],
     "fashion-mnist-cnn": ["data.train_limit=3000"],
 }
 RATES = {
@@ -45,8 +46,10 @@ RATES = {
 }
 CHANGES = {
     "full": ["freeze={policy: none}"],
-    "ours": ["freeze={policy: interlayer, share: 0.9}", "memory.level=slimfit"],
+    "ours": ["memory.level=slimfit"],
 }
+# Of the layers that rest at each step; full fine-tuning has none.
+SHARES: dict[str, tuple[float, ...]] = {"full": (0.0,), "ours": (0.9, 0.75)}
 BOTH = ["cache.mode=off", "schedule=null"]
 TUNING_SEED = 100
 MOST_BEYOND = 2
@@ -72,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         tune(found, name, options.at_once, save)
         measure(found, name, options.seeds, options.at_once, save)
-        print(name, json.dumps({"rates": found["rates"], **found["comparison"]}))
+        print(name, json.dumps({"rates": found["rates"], "shares": found["shares"], **found["comparison"]}))
     print(json.dumps(report["pooled"]))
     return 0
 
@@ -83,37 +86,52 @@ def _begun(earlier: dict[str, Any] | None, name: str) -> dict[str, Any]:
         "overrides": [*TASKS[name], *BOTH],
         "changes": CHANGES,
         "rates": list(RATES[name]),
+        "shares": list(SHARES["ours"]),
         "tuning": [TUNING_SEED, MOST_BEYOND],
     }
     if earlier is not None and earlier["settings"] == settings:
         return earlier
-    return {"settings": settings, **made_by("interlayer.py", TUNING_SEED, "cpu"), "tuning": [], "runs": []}
+    return {
+        "settings": settings,
+        **made_by("interlayer.py", TUNING_SEED, accelerator()),
+        "tuning": [],
+        "runs": [],
+    }
 
 
-def _run(name: str, side: str, rate: float, seed: int) -> dict[str, Any]:
+def _run(name: str, side: str, rate: float, seed: int, share: float) -> dict[str, Any]:
     changes = [*TASKS[name], *BOTH, *CHANGES[side], f"training.learning_rate={rate}"]
+    if share:
+        changes.append(f"freeze={{policy: interlayer, share: {share}}}")
     return one_run(name, changes, seed, 1)
 
 
 def tune(found: dict[str, Any], name: str, at_once: int, save: Any) -> None:
-    """The learning rate of each side: into ``found["rates"]``, what was tried into ``found["tuning"]``."""
+    """Learning rate and share of each side: into ``found["rates"]`` and ``found["shares"]``; ``tuning``: all tries."""
 
-    def done(key: tuple[str, float], run: dict[str, Any]) -> None:
-        found["tuning"].append({"side": key[0], "rate": key[1], "validation": run["validation"]})
+    def tried(side: str, share: float | None = None) -> list[dict[str, Any]]:
+        return [t for t in found["tuning"] if t["side"] == side and share in (None, t["share"])]
+
+    def done(key: tuple[str, float, float], run: dict[str, Any]) -> None:
+        side, share, rate = key
+        found["tuning"].append({"side": side, "share": share, "rate": rate, "validation": run["validation"]})
         save()
 
     while missing := {
-        (side, rate): (name, side, rate, TUNING_SEED)
+        (side, share, rate): (name, side, rate, TUNING_SEED, share)
         for side in SIDES
-        for rate in _wanted([t for t in found["tuning"] if t["side"] == side], RATES[name])
+        for share in SHARES[side]
+        for rate in _wanted(tried(side, share), RATES[name])
     }:
         abreast(_run, missing, done, at_once=at_once)
-    found["rates"] = {side: _best([t for t in found["tuning"] if t["side"] == side]) for side in SIDES}
+    best = {side: _best(tried(side)) for side in SIDES}
+    found["rates"] = {side: float(best[side]["rate"]) for side in SIDES}
+    found["shares"] = {side: best[side]["share"] for side in SIDES}
     # Whether a higher or lower rate might have done better still.
     found["at_the_end"] = {
-        side: found["rates"][side] in (min(tried), max(tried))
+        side: found["rates"][side] in (min(rates), max(rates))
         for side in SIDES
-        for tried in ([t["rate"] for t in found["tuning"] if t["side"] == side],)
+        for rates in ([t["rate"] for t in tried(side, found["shares"][side])],)
     }
 
 
@@ -122,15 +140,14 @@ def _wanted(tried: list[dict[str, Any]], rates: tuple[float, ...]) -> list[float
     known = sorted(t["rate"] for t in tried)
     if missing := [rate for rate in rates if rate not in known]:
         return missing
-    best = _best(tried)
+    best = float(_best(tried)["rate"])
     if len(known) >= len(rates) + MOST_BEYOND or best not in (known[0], known[-1]):
         return []
     return [best * 2 if best == known[-1] else best / 2]
 
 
-def _best(tried: list[dict[str, Any]]) -> float:
-    best = max(tried, key=lambda t: (t["validation"]["accuracy"], -t["validation"]["loss"]))
-    return float(best["rate"])
+def _best(tried: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(tried, key=lambda t: (t["validation"]["accuracy"], -t["validation"]["loss"]))
 
 
 def measure(found: dict[str, Any], name: str, seeds: int, at_once: int, save: Any) -> None:
@@ -143,7 +160,7 @@ def measure(found: dict[str, Any], name: str, seeds: int, at_once: int, save: An
 
     known = {(run["side"], run["seed"]) for run in found["runs"]}
     jobs = {
-        (side, seed): (name, side, found["rates"][side], seed)
+        (side, seed): (name, side, found["rates"][side], seed, found["shares"][side])
         for seed in range(seeds)
         for side in SIDES
         if (side, seed) not in known

@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py bert --rows 32 --length 128 --threads 2   # writes results/memory-bert-32x128.json
     python benchmarks/memory.py bert --part time --rows 8 --threads 2     # writes results/memory_time-bert-8x128.json
+    python benchmarks/memory.py bert --device cuda --autocast             # ... -gpu-bf16.json
 
 memory  Each mode in a process of its own. ``saved``: bytes that autograd keeps, storages counted once, parameters not.
         ``peak``: the most bytes alive at any moment of a whole step, weights, moments, gradients and temporaries
@@ -20,6 +21,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,10 @@ def arguments_of_shape(parser: argparse.ArgumentParser, *, rows: int, modes: Ite
     parser.add_argument("--length", type=int, default=128, help="tokens in a sample (default 128)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--autocast", action="store_true", help="forward passes in bfloat16")
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="processes at a time that measure memory alone (default 1)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="results file")
     parser.add_argument("--mode", choices=sorted(modes), help="measure this way here, and print what was found")
@@ -77,13 +83,15 @@ def arguments_of_shape(parser: argparse.ArgumentParser, *, rows: int, modes: Ite
 def shape_of(options: argparse.Namespace) -> dict[str, Any]:
     """What a report says of the batches."""
     length = options.length if options.shape == "bert" else None
-    return {"shape": options.shape, "rows": options.rows, "length": length, "rounds": options.rounds}
+    shape = {"shape": options.shape, "rows": options.rows, "length": length, "rounds": options.rounds}
+    return {**shape, "autocast": options.autocast}
 
 
 def results_of(kind: str, options: argparse.Namespace) -> Path:
     """Where the results go if nobody says where."""
     size = f"{options.rows}x{options.length}" if options.shape == "bert" else str(options.rows)
-    return RESULTS / f"{kind}-{options.shape}-{size}{'-gpu' if options.device.startswith('cuda') else ''}.json"
+    where = "-gpu" if options.device.startswith("cuda") else ""
+    return RESULTS / f"{kind}-{options.shape}-{size}{where}{'-bf16' if options.autocast else ''}.json"
 
 
 # -- memory -----------------------------------------------------------------------------------------------
@@ -97,24 +105,32 @@ def each_alone(
     Each is written down as soon as it is measured, beside ``out``: a run that was stopped goes on after the last one.
     """
     part = out.with_suffix(".part.json")
-    found: list[dict[str, Any]] = []
+    found: dict[str, dict[str, Any]] = {}
     if part.exists():
         earlier = json.loads(part.read_text(encoding="utf-8"))
-        same = ("shape", "rows", "length", "rounds", "seed", "device", "environment")
-        found = earlier["modes"] if all(earlier[key] == report[key] for key in same) else []
-    done = {mode["mode"] for mode in found}
-    for name in tqdm([name for name in names if name not in done], desc="modes"):
+        same = ("shape", "rows", "length", "rounds", "autocast", "seed", "device", "environment")
+        if all(earlier.get(key) == report[key] for key in same):
+            found = {mode["mode"]: mode for mode in earlier["modes"]}
+
+    def measured(name: str) -> dict[str, Any]:
         command = [
             sys.executable, script, options.shape, "--mode", name, "--rows", str(options.rows), "--length",
             str(options.length), "--threads", str(options.threads), "--device", options.device, "--seed",
-            str(options.seed), "--rounds", str(options.rounds),
+            str(options.seed), "--rounds", str(options.rounds), *(["--autocast"] if options.autocast else []),
         ]  # fmt: skip
         child = subprocess.run(command, capture_output=True, text=True, check=False)
         if child.returncode:
             raise SystemExit(f"mode {name!r} failed:\n{child.stderr}")
-        found.append(json.loads(child.stdout.splitlines()[-1]))
-        write({**report, "modes": found}, part)
-    return found
+        result: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+        return result
+
+    with ThreadPoolExecutor(options.at_once) as pool:
+        jobs = [pool.submit(measured, name) for name in names if name not in found]
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="modes"):
+            mode = job.result()
+            found[mode["mode"]] = mode
+            write({**report, "modes": [found[name] for name in names if name in found]}, part)
+    return [found[name] for name in names]
 
 
 def finish(report: dict[str, Any], out: Path) -> None:
@@ -126,7 +142,7 @@ def finish(report: dict[str, Any], out: Path) -> None:
 def measure_memory(mode: Mode, options: argparse.Namespace) -> tuple[dict[str, Any], Training]:
     """Bytes of one way: saved, at the peak, resident. And the training itself, which may go on."""
     before = _resident() if not options.device.startswith("cuda") else 0
-    training = build(mode, options.shape, options.rows, options.length, options.seed, options.device)
+    training = build_as(mode, options)
     training.settle(options.seed)
     usual = _peak(training, options.device)[0] if mode.resting else None
     training.take_the_heaviest_turn()
@@ -134,7 +150,8 @@ def measure_memory(mode: Mode, options: argparse.Namespace) -> tuple[dict[str, A
     training.take_the_heaviest_turn()
     if training.compressor is not None:
         training.compressor.detach()
-    kept = footprint(training.model, training.stack.blocks, ((), training.parts[0]), mode.level)
+    with training.precision:
+        kept = footprint(training.model, training.stack.blocks, ((), training.parts[0]), mode.level)
     training.compress()
     found = {
         "mode": mode.name,
@@ -151,6 +168,12 @@ def measure_memory(mode: Mode, options: argparse.Namespace) -> tuple[dict[str, A
         "resident": resident - before,
     }  # fmt: skip
     return found, training
+
+
+def build_as(mode: Mode, options: argparse.Namespace) -> Training:
+    """``mode`` as the command line has it."""
+    shape = (options.shape, options.rows, options.length)
+    return build(mode, *shape, options.seed, options.device, autocast=options.autocast)
 
 
 def _peak(training: Training, device: str) -> tuple[int, int]:
@@ -189,7 +212,7 @@ def measure_time(options: argparse.Namespace) -> list[dict[str, Any]]:
     for base in tqdm(_TIMED, desc="modes"):
         levels = ("slimfit",) if base == "gradient checkpointing" else _TIMED_LEVELS
         trainings = {
-            mode.level: build(mode, options.shape, options.rows, options.length, options.seed, options.device)
+            mode.level: build_as(mode, options)
             for mode in (MODES[base], *(MODES[base].compressed(level) for level in levels))
         }
         for training in trainings.values():

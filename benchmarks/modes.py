@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,7 +92,9 @@ MODES: dict[str, Mode] = {
 class Training:
     """A model in one mode and what a step of it needs."""
 
-    def __init__(self, mode: Mode, model: nn.Module, call: dict[str, Any]) -> None:
+    def __init__(self, mode: Mode, model: nn.Module, call: dict[str, Any], *, autocast: bool = False) -> None:
+        device = next(model.parameters()).device.type
+        self.precision: Any = torch.autocast(device, torch.bfloat16) if autocast else nullcontext()
         self.mode, self.model, self.inputs = mode, model.train(), call
         self.every = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = adamw(self.every)
@@ -108,7 +111,8 @@ class Training:
         """One optimizer step."""
         for part in self.parts:
             # As in most loops, the last loss (and what its graph has left) is there until the next one is.
-            self.loss = self.model(**part).loss / self.mode.parts
+            with self.precision:
+                self.loss = self.model(**part).loss / self.mode.parts
             self.loss.backward()
         if self.frost is not None:
             self.frost.before_step()
@@ -181,8 +185,11 @@ class Training:
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
 
-def build(mode: Mode, shape: str, rows: int, length: int, seed: int, device: str) -> Training:
-    """BERT-base (``shape`` ``bert``, ``rows`` x ``length`` tokens) or ViT-base (``vit``, 224 pixels) in ``mode``."""
+def build(mode: Mode, shape: str, rows: int, length: int, seed: int, device: str, *, autocast: bool) -> Training:
+    """BERT-base (``shape`` ``bert``, ``rows`` x ``length`` tokens) or ViT-base (``vit``, 224 pixels) in ``mode``.
+
+    ``autocast``: whether forward passes are in bfloat16.
+    """
     torch.manual_seed(seed)
     model, inputs = _SHAPES[shape](mode, rows, length)
     model.to(device)
@@ -194,7 +201,7 @@ def build(mode: Mode, shape: str, rows: int, length: int, seed: int, device: str
         model = get_peft_model(model, config)
     if mode.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Training(mode, model, {key: value.to(device) for key, value in inputs.items()})
+    return Training(mode, model, {key: value.to(device) for key, value in inputs.items()}, autocast=autocast)
 
 
 def _bert(mode: Mode, rows: int, length: int) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -10,11 +10,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from frostline.events import environment
 
-__all__ = ["RESULTS", "made_by", "write"]
+__all__ = ["RESULTS", "accelerator", "made_by", "write"]
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def accelerator() -> str:
+    """The device on which a Trainer trains here."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def made_by(script: str, seed: int, device: str) -> dict[str, Any]:

@@ -269,13 +269,23 @@ def _by_what(way: str, kind: str) -> str:
 def interlayer(report: dict[str, Any]) -> Iterable[str]:
     """What ``interlayer.py`` measured."""
     tasks, pooled = report["tasks"], report["pooled"]
-    yield "SlimFit (a tenth of the layers train at a step, activations compressed) against full fine-tuning:\n"
+    yield "SlimFit (layers rest at each step, activations compressed) against full fine-tuning:\n"
     yield from rows(
-        ["task", "learning rate, full", "SlimFit", "test accuracy, full", "SlimFit", "loss, points", "95 % interval"],
+        [
+            "task",
+            "learning rate, full",
+            "SlimFit",
+            "share at rest",
+            "test accuracy, full",
+            "SlimFit",
+            "loss, points",
+            "95 % interval",
+        ],
         (
             [
                 name,
                 *(f"{task['rates'][side]:g}{' (end)' * task['at_the_end'][side]}" for side in ("full", "ours")),
+                f"{task['shares']['ours']:g}",
                 *(
                     f"{sum(accuracies) / len(accuracies):.1f}"
                     for accuracies in (task["comparison"]["accuracy"][side] for side in ("full", "ours"))

@@ -21,21 +21,22 @@ class Lab:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, best: Mapping[str, float], *, dies_after: int = 10**9) -> None:
         self.best, self.left = best, dies_after
-        self.ran: list[tuple[str, float, int]] = []
+        self.ran: list[tuple[str, float, int, float]] = []
         monkeypatch.setattr(interlayer, "abreast", self.abreast)
 
     def abreast(
         self, function: Any, jobs: Mapping[Any, Any], done: Callable[[Any, Any], None], *, at_once: int
     ) -> None:
-        for key, (_, side, rate, seed) in jobs.items():
+        for key, (_, side, rate, seed, share) in jobs.items():
             if not self.left:
                 raise KeyboardInterrupt
             self.left -= 1
-            self.ran.append((side, rate, seed))
-            done(key, self.run(side, rate, seed))
+            self.ran.append((side, rate, seed, share))
+            done(key, self.run(side, rate, seed, share))
 
-    def run(self, side: str, rate: float, seed: int) -> dict[str, Any]:
-        accuracy = 1.0 - abs(np.log2(rate / self.best[side])) / 10
+    def run(self, side: str, rate: float, seed: int, share: float) -> dict[str, Any]:
+        # At the smaller share the best rate is the same, and does a little better.
+        accuracy = 1.0 - abs(np.log2(rate / self.best[side])) / 10 - share / 100
         right = np.random.default_rng(seed).random(200) < (0.9 if side == "full" else 0.8)
         return {
             "seed": seed,
@@ -54,14 +55,18 @@ def test_rates_are_tuned_beyond_the_grid_where_the_best_lies_at_its_end(
     # The grid is 5e-5, 1e-4, 2e-4: below and above it the next is tried, twice at most.
     assert task["rates"] == {"full": 5e-5, "ours": 8e-4}
     assert task["at_the_end"] == {"full": False, "ours": True}
+    assert task["shares"] == {"full": 0.0, "ours": 0.75}
     assert sorted(t["rate"] for t in task["tuning"] if t["side"] == "full") == [2.5e-5, 5e-5, 1e-4, 2e-4]
-    assert {seed for _, _, seed in lab.ran[:9]} == {interlayer.TUNING_SEED}
-    assert [seed for _, _, seed in lab.ran[9:]] == [0, 0, 1, 1, 2, 2]
+    for share in (0.9, 0.75):
+        assert len([t for t in task["tuning"] if t["share"] == share]) == 5
+    assert {seed for _, _, seed, _ in lab.ran[:14]} == {interlayer.TUNING_SEED}
+    assert [seed for _, _, seed, _ in lab.ran[14:]] == [0, 0, 1, 1, 2, 2]
+    assert {share for side, _, _, share in lab.ran[14:] if side == "ours"} == {0.75}
 
 
 def test_a_tie_goes_to_the_smaller_loss() -> None:
     tried = [{"rate": rate, "validation": {"accuracy": 0.9, "loss": loss}} for rate, loss in ((1, 2.0), (2, 1.0))]
-    assert interlayer._best(tried) == 2
+    assert interlayer._best(tried)["rate"] == 2
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ Source: prototypes.md B3 ("slimattn"); recomputing attention alone is FlashAtten
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -64,10 +64,13 @@ class _Ambience(NamedTuple):
         if self.random is not None:
             _set_random_state(self.device, self.random)
         try:
-            with (
-                torch.autocast(self.device.type, self.dtype, enabled=self.autocast, cache_enabled=False),
-                sdpa_kernel(self.kernels, set_priority=True),
-            ):
+            with ExitStack() as differs:  # for each block of each step: what is as it was is left alone
+                now = _Ambience.now(self.device, random=False)
+                if (now.autocast, now.autocast and now.dtype) != (self.autocast, self.autocast and self.dtype):
+                    precision = torch.autocast(self.device.type, self.dtype, self.autocast, cache_enabled=False)
+                    differs.enter_context(precision)
+                if now.kernels != self.kernels:
+                    differs.enter_context(sdpa_kernel(self.kernels, set_priority=True))
                 yield
         finally:
             if here is not None:

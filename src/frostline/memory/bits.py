@@ -1,4 +1,4 @@
-"""Eight truth values in a byte. numpy has a vectorised routine for the host; a GPU takes a sum of powers of two."""
+"""Eight truth values in a byte: numpy has a vectorised routine for the host, a GPU has a kernel of ours."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+
+from frostline.memory import kernels
 
 __all__ = ["pack_bits", "unpack_bits", "values_at_a_time"]
 
@@ -18,6 +20,8 @@ def values_at_a_time(device: torch.device) -> int:
 
 def pack_bits(values: Tensor) -> Tensor:
     """Bytes ``[ceil(n / 8)]`` that say which of ``values`` ``[n]`` are not zero."""
+    if kernels.usable(values):
+        return kernels.pack_bits(values)
     packed = torch.empty(-(-values.numel() // 8), dtype=torch.uint8, device=values.device)
     step = values_at_a_time(values.device)
     for start in range(0, values.numel(), step):
@@ -33,6 +37,8 @@ def pack_bits(values: Tensor) -> Tensor:
 
 def unpack_bits(packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """``count`` values of ``dtype``, 1 (true) or 0, for bytes that :func:`pack_bits` gave."""
+    if kernels.usable(packed):
+        return kernels.unpack_bits(packed, count, dtype)
     values = torch.empty(count, dtype=dtype, device=packed.device)
     step = values_at_a_time(packed.device)
     for start in range(0, count, step):

@@ -15,8 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from frostline.memory import kernels
 from frostline.memory.aside import nothing_packed
 from frostline.memory.formats import ByRow, rounded
+from frostline.memory.kernels import PLACES
 
 __all__ = ["FUNCTIONS", "CodeBook"]
 
@@ -30,13 +32,11 @@ FUNCTIONS = {
 # Beyond it every derivative above is 0 or 1 to fp32.
 _REACH = 24.0
 _GRID = 1 << 19
-# So fine that an input lands on the wrong side of a border only where both levels are as near as can be.
-_PLACES = 1 << 14
 
 
 class _Book(NamedTuple):
     steps: float  # places of the table for an input larger by 1
-    codes: Tensor  # [_PLACES]: the nearest level of the inputs at each place; 0 stands in the middle
+    codes: Tensor  # [PLACES]: the nearest level of the inputs at each place; 0 stands in the middle
     inputs: Tensor  # [16]: an input whose derivative is the level
 
 
@@ -50,11 +50,22 @@ class CodeBook(ByRow):
     def bits(self) -> int:
         return 4
 
+    def pack(self, values: Tensor) -> tuple[Tensor, ...]:
+        if kernels.usable(values):
+            book = _book(self.function, values.device)
+            return (kernels.pack_book(values, book.codes, book.steps),)
+        return super().pack(values)
+
+    def unpack(self, parts: tuple[Tensor, ...], count: int, dtype: torch.dtype) -> Tensor:
+        if kernels.usable(parts[0]):
+            return kernels.unpack_book(parts[0], _book(self.function, parts[0].device).inputs, count, dtype)
+        return super().unpack(parts, count, dtype)
+
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         book = _book(self.function, rows.device)
-        middle = _PLACES // 2
+        middle = PLACES // 2
         # Further out the level is that of the last place. The mask keeps what is not a number inside of the table.
-        places = rounded(rows.mul(book.steps).clamp_(-middle, middle - 1), middle).bitwise_and_(_PLACES - 1)
+        places = rounded(rows.mul(book.steps).clamp_(-middle, middle - 1), middle).bitwise_and_(PLACES - 1)
         return book.codes.index_select(0, places.view(-1)).view_as(rows), None
 
     def decode(self, codes: Tensor, scales: Tensor | None, into: Tensor) -> None:
@@ -84,7 +95,7 @@ def _book(function: str, device: torch.device) -> _Book:
     inputs = at[above - 1] + share.clamp_(0, 1) * (at[above] - at[above - 1])
     inputs[0], inputs[-1] = at[0], at[-1]
     own = torch.cat((codes[:1], codes[changes + 1]))
-    steps = _PLACES / 2 / (1.1 * float(ends.abs().max()))
-    at_places = (torch.arange(_PLACES, dtype=torch.float64) - _PLACES // 2) / steps
+    steps = PLACES / 2 / (1.1 * float(ends.abs().max()))
+    at_places = (torch.arange(PLACES, dtype=torch.float64) - PLACES // 2) / steps
     table = own[torch.bucketize(at_places, ends)]
     return _Book(steps, table.to(torch.uint8).to(device), inputs.float().to(device))

@@ -6,7 +6,7 @@ by model, through two things that torch offers: hooks on saved tensors, and a mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -37,7 +37,7 @@ class compressing:
 
     def __init__(self, model: nn.Module, level: str | Level, ledger: Ledger | None = None) -> None:
         level = level_named(level) if isinstance(level, str) else level
-        self._shelf = Shelf(level, (*model.parameters(), *model.buffers()), ledger)
+        self._shelf = Shelf(level, _weights(model), ledger)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         replaced = {attention: self._attention} if level.attention is not None else {}
         self._watch = Watch(replaced, self._done)
@@ -140,6 +140,14 @@ class Compressor:
         if self._inside is not None:
             (_, running), self._inside = self._inside, None
             running.__exit__(None, None, None)
+
+
+def _weights(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, some of them twice: module by module, many times faster than torch's way by name."""
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                yield tensor
 
 
 def _unpack(kept: Kept) -> Tensor:

@@ -2,7 +2,8 @@
 
 A format takes the values of a tensor as one flat line, in the order in which they lie in memory, and gives back a
 few small tensors, its *parts*. It knows nothing of shapes, operations or autograd. Values are worked on in chunks, so
-that packing never needs a second full copy of them, and never changed in place.
+that packing never needs a second full copy of them, and never changed in place. On a GPU the formats of ours are
+kernels (:mod:`frostline.memory.kernels`).
 
 Sources: SlimFit (arXiv 2305.18513) has fixed point and pruning; integers with a scale for each row are the usual
 absmax quantisation. The code book over the derivative is ours (:mod:`frostline.memory.codebook`).
@@ -18,7 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from frostline.memory import kernels
 from frostline.memory.bits import pack_bits, unpack_bits, values_at_a_time
+from frostline.memory.kernels import GROUP
 
 __all__ = [
     "Bits",
@@ -34,8 +37,6 @@ __all__ = [
     "rounded",
 ]
 
-# Values in a row: neighbours in memory that share a scale.
-GROUP = 128
 _TINY = torch.finfo(torch.float32).tiny
 _ROUNDING = float(3 << 22)
 
@@ -178,6 +179,16 @@ class Rows(ByRow):
     @property
     def _zero(self) -> float:
         return self._top if self.signed else 0.0
+
+    def pack(self, values: Tensor) -> tuple[Tensor, ...]:
+        if kernels.usable(values):
+            return kernels.pack_rows(values, self.width, self._top, self._zero)
+        return super().pack(values)
+
+    def unpack(self, parts: tuple[Tensor, ...], count: int, dtype: torch.dtype) -> Tensor:
+        if kernels.usable(parts[0]):
+            return kernels.unpack_rows(parts[0], parts[1], self.width, self._zero, count, dtype)
+        return super().unpack(parts, count, dtype)
 
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         largest = rows.abs().amax(1, keepdim=True)  # on the host many times faster than the norm

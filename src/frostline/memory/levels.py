@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -54,8 +55,13 @@ class Level:
                 return Noise() if self.masks else None
             case Role.SIGN:
                 return Bits() if self.masks else None
-        found = getattr(self, role.name.lower(), None)
-        return found if isinstance(found, Format) else None
+        return self._formats.get(role)
+
+    @cached_property
+    def _formats(self) -> dict[Role, Format]:
+        """Of the roles whose format is the same in every call: this is asked for every tensor that is saved."""
+        named = {role: getattr(self, role.name.lower(), None) for role in Role}
+        return {role: how for role, how in named.items() if isinstance(how, Format)}
 
 
 def _pruned(call: Call, saved: Tensor) -> Format | None:

@@ -167,6 +167,16 @@ class Bench:
                 (*leaving, 0),
             )
 
+    def workspace(self) -> int:
+        """Bytes that a GPU's libraries take at their first use and keep (cuBLAS' workspaces)."""
+        device = next(self.model.parameters()).device
+        if device.type != "cuda":
+            return 0
+        torch._C._cuda_clearCublasWorkspaces()
+        before = torch.cuda.memory_allocated(device)
+        self.spans(Way(), 1)
+        return max(0, torch.cuda.memory_allocated(device) - before)
+
     def forward(self, way: Way, batch: Mapping[str, Any]) -> Tensor:
         """The loss of ``batch``, in the level of ``way``."""
         with self.context(), compressing(self.model, way.level) if way.level != "off" else nullcontext():
@@ -242,7 +252,7 @@ class MemoryModel:
         activations: in each way that was measured.
         optimizer: what it takes.
         resting: bytes of weights that rest and whose optimizer state is kept on the device.
-        held: bytes of whatever else is there from step to step (sums of gradients).
+        held: bytes of whatever else is there from step to step (sums of gradients, workspaces).
         buckets: of the data-parallel wrapper, with several ranks.
     """
 
@@ -275,7 +285,7 @@ class MemoryModel:
         owners: list[Owner] = ["stem", *range(len(stack)), "head"]
         trains = [nbytes_of(p for p in stack.parameters_of(owner).values() if p.requires_grad) for owner in owners]
         weights = nbytes_of((*bench.model.parameters(), *bench.model.buffers()))
-        found = cls(weights, trains, {}, optimizer, resting, held, buckets)
+        found = cls(weights, trains, {}, optimizer, resting, held + bench.workspace(), buckets)
         for way in ways:
             found.activations[way] = found.calibrated(bench, way)
         return found

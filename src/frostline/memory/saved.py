@@ -88,7 +88,8 @@ class Shelf:
     def __init__(self, level: Level, parameters: Iterable[Tensor], ledger: Ledger | None = None) -> None:
         self.level, self._ledger = level, ledger
         self._alive: dict[int, StorageWeakRef] = {}
-        self._parameters = {self._hold(tensor) for tensor in parameters}
+        # Held until the pass has ended, so that no number among them is given to another storage.
+        self._parameters = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in parameters)}
         self._contents: dict[_Place, dict[Format, Content]] = {}
         self._probabilities: dict[_Place, Content] = {}
         self._products: dict[_Place, Product] = {}
@@ -131,6 +132,7 @@ class Shelf:
         self._products.clear()
         self._raw.clear()
         self._alive.clear()
+        self._parameters.clear()
         self._noise = None
 
     # -- inside -------------------------------------------------------------------------------------
@@ -204,7 +206,9 @@ def _in_memory_order(tensor: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
 
 def _repeats(tensor: Tensor) -> bool:
     """Whether values stand for several (an expanded tensor): it is large in shape only."""
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return not tensor.is_contiguous() and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
 
 
 def _contiguous(shape: torch.Size) -> tuple[int, ...]:
