@@ -122,6 +122,26 @@ def test_efficiency_packing_is_the_same_training_on_fewer_ranks(launched: Launch
     assert summaries[0]["samples"] == 2 * ROWS["train"]
 
 
+@pytest.mark.slow
+def test_four_ranks_become_two_and_then_one(launched: Launched) -> None:
+    """What a rank may take lets the first move halve the ranks, and the second halve them again."""
+    there = Stages.read(launched(4, "efficiency"))
+    assert there is not None
+    assert there.job is not None
+    peaks = there.job.peaks
+    cap = max(peaks[0][0], peaks[1][1], peaks[2][3])
+    assert cap < peaks[1][3], "one rank fits at depth 1: the test shows nothing"
+    packed, whole = launched(4, "efficiency", memory=cap), launched(4, "none")
+    assert [(entry.ranks, entry.batch) for entry in account(packed)] == [(4, 8), (2, 8), (1, 8)]
+    assert losses(packed) == pytest.approx(losses(whole), abs=1e-5)
+    assert len(losses(packed)) == 24
+    other = weights(whole)
+    assert all((value - other[name]).abs().max() < 1e-5 for name, value in weights(packed).items())
+    first, second = trained_on(packed)
+    assert first == second
+    assert first.total() == ROWS["train"]
+
+
 @pytest.mark.parametrize("arguments", [(2, "none"), (2, "efficiency"), (2, "performance")], ids=str)
 def test_every_sample_once_an_epoch(launched: Launched, arguments: tuple[int, str]) -> None:
     first, second = trained_on(launched(*arguments, **({"largest": 5} if "performance" in arguments else {})))
