@@ -185,7 +185,7 @@ def memory(report: dict[str, Any]) -> Iterable[str]:
     modes = {mode["mode"]: mode for mode in report["modes"]}
     size = f"{report['rows']} x {report['length']} tokens" if report["length"] else f"{report['rows']} images"
     plain = modes.get("full, eager attention") or modes["full"]
-    yield f"Memory of a training step, {report['shape']}-base, {size}, fp32, AdamW, MB:\n"
+    yield f"Memory of a training step, {report['shape']}-base, {size}, {_precision(report)}, AdamW, MB:\n"
     yield from rows(
         ["way", "saved for backward", "smaller", "peak of the step", "smaller", "usual turn", "resident"],
         (
@@ -208,14 +208,15 @@ def memory(report: dict[str, Any]) -> Iterable[str]:
 def memory_time(report: dict[str, Any]) -> Iterable[str]:
     """What ``memory.py`` measured of time."""
     size = f"{report['rows']} x {report['length']} tokens" if report["length"] else f"{report['rows']} images"
-    yield f"A step with compression against the same step without, {report['shape']}-base, {size}:\n"
+    of = f"{report['shape']}-base, {size}, {_precision(report)}"
+    yield f"A step with compression against the same step without, {of}:\n"
     yield from rows(
         ["way", "level", "without, s", "with, s", "ratio", "95 % interval"],
         (
             [
                 row["mode"],
                 row["level"],
-                *(f"{row['seconds'][level]['median']:.2f}" for level in ("off", row["level"])),
+                *(f"{row['seconds'][level]['median']:.3g}" for level in ("off", row["level"])),
                 *interval(row["ratio"]),
             ]
             for row in report["modes"]
@@ -223,6 +224,10 @@ def memory_time(report: dict[str, Any]) -> Iterable[str]:
     )
     yield ""
     yield machine(report)
+
+
+def _precision(report: dict[str, Any]) -> str:
+    return "autocast to bfloat16" if report.get("autocast") else "fp32"
 
 
 def budgets(report: dict[str, Any]) -> Iterable[str]:

@@ -166,8 +166,9 @@ def test_performance_packing_takes_larger_batches(launched: Launched) -> None:
 
 
 def test_ranks_that_are_killed_change_nothing(launched: Launched) -> None:
-    """While they train, when the next stage has been chosen, and while it is being made."""
+    """Before there are stages, while they train, when the next one has been chosen, and while it is being made."""
     kills = [
+        {"at": "claimed", "rank": 0},
         {"at": 24, "rank": 1},
         {"at": "look", "rank": 0},
         {"at": "carried", "rank": 0},

@@ -2,9 +2,9 @@
 
 ``FROSTLINE_WITNESS`` is a folder. Each rank appends to ``rows-<rank>.jsonl`` what it has trained on. ``kills.json``
 holds a list of points, ``{"at": ..., "rank": ...}``; each kills that rank once: a number of samples (after the step
-that reaches it), ``look`` (the next stage has been chosen, nothing is saved yet), ``saved`` (the checkpoint is there,
-the next stage is not), ``carried`` (its checkpoint is there too, but the list of stages does not know it) or
-``listed`` (it does, and the old stage has not quite ended).
+that reaches it), ``claimed`` (the run has its directory, but no list of stages yet), ``look`` (the next stage has been
+chosen, nothing is saved yet), ``saved`` (the checkpoint is there, the next stage is not), ``carried`` (its checkpoint
+is there too, but the list of stages does not know it) or ``listed`` (it does, and the old stage has not quite ended).
 """
 
 from __future__ import annotations
@@ -68,7 +68,13 @@ def main() -> None:
     import frostline.recipes.runner as runner
     import frostline.recipes.staged as staged
 
-    loader = runner.ordered_loader
+    loader, start = runner.ordered_loader, runner.RunDirectory.start
+
+    def claimed(*args: Any) -> None:
+        start(*args)
+        die_at("claimed")
+
+    runner.RunDirectory.start = claimed  # type: ignore
     Recorder.on_step_end, staging.carry, staging.Keeper._find = on_step_end, carried, look  # type: ignore
     stays = worker._stays
 

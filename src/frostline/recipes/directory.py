@@ -16,9 +16,12 @@ from frostline.errors import ConfigError, ResumeError
 from frostline.recipes.document import read_yaml
 from frostline.recipes.schema import Recipe
 
-__all__ = ["RunDirectory", "write_recipe"]
+__all__ = ["RunDirectory", "claimed_by", "write_recipe"]
 
+# Names the launch that has claimed the directory, until the first training step is done.
+_CLAIM = ".launch"
 _PARTS = (
+    _CLAIM,
     "recipe.yaml",
     "recipe.yaml.tmp",
     "model",
@@ -76,7 +79,7 @@ class RunDirectory:
                 f"output_dir={str(self.path)!r} is not empty: overwrite=true replaces the run in it, resume=true "
                 "continues it"
             )
-        elif used and not stored.is_file() and not (self.path / _ASIDE).is_dir():
+        elif used and not any((self.path / part).exists() for part in ("recipe.yaml", _ASIDE, _CLAIM)):
             raise ConfigError(
                 f"output_dir={str(self.path)!r} holds something else than a run (no recipe.yaml): it is not "
                 "overwritten, choose another"
@@ -113,8 +116,8 @@ class RunDirectory:
             self._remove_created()
             raise ConfigError(f"output_dir={str(self.path)!r} cannot be written: {error.strerror}") from None
 
-    def start(self) -> None:
-        """Put a run that is to be overwritten aside and write ``recipe.yaml``."""
+    def start(self, launch: str | None = None) -> None:
+        """Put a run that is to be overwritten aside and write ``recipe.yaml``; claim the directory for ``launch``."""
         aside = self.path / _ASIDE
         if self._recipe.overwrite and not aside.is_dir():
             old = [self.path / part for part in _PARTS if (self.path / part).exists()]
@@ -126,11 +129,14 @@ class RunDirectory:
             # From here on everything that stands there is of the new run.
             self._started = True
             self._remove_parts()
+            if launch is not None:  # first of all: who is killed now is known by it
+                (self.path / _CLAIM).write_text(launch, encoding="utf-8")
         write_recipe(self._recipe, self.path)
 
     def commit(self) -> None:
         """Training has begun: what was put aside goes."""
         self._committed = True
+        (self.path / _CLAIM).unlink(missing_ok=True)
         shutil.rmtree(self.path / _ASIDE, ignore_errors=True)
 
     def abandon(self) -> bool:
@@ -161,6 +167,14 @@ class RunDirectory:
                 folder.rmdir()
             except OSError:
                 return
+
+
+def claimed_by(folder: Path) -> str | None:
+    """The launch that has claimed ``folder`` for a run whose first training step is not done; ``None``: no launch."""
+    try:
+        return (folder / _CLAIM).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> None:

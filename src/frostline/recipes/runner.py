@@ -102,7 +102,7 @@ def _run(recipe: Recipe, started: float, launch: Launch | None = None) -> RunRes
             if recipe.resume:
                 agreed(lambda: _require_progress(recipe))
             data = prepare(recipe)
-            agreed(directory.start)
+            agreed(lambda: directory.start(launch.name if launch is not None else None))
             setup = time.time() - started
             staged = Staged(recipe, launch, len(data.train), started) if launch is not None else None
             summary = _side(recipe, data, setup, directory.commit if is_first() else None, staged)

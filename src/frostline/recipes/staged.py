@@ -14,6 +14,7 @@ from frostline.adapters.measuring import profile
 from frostline.adapters.staging import Keeper, behind, move_on
 from frostline.errors import ConfigError
 from frostline.packing import STAGES, Job, Order, Stage, Stages
+from frostline.recipes.directory import claimed_by
 from frostline.recipes.ranks import agreed, is_first, rank, ranks, unseen
 from frostline.recipes.schema import Recipe
 
@@ -40,7 +41,9 @@ def continued(recipe: Recipe, launch: Launch) -> Recipe | None:
     """
     stages = Stages.read(recipe.directory)
     if stages is None or stages.launch != launch.name:
-        return recipe
+        # A process died when the run had claimed its directory, and had no stages yet: it begins again.
+        claimed = claimed_by(recipe.directory) == launch.name
+        return recipe.model_copy(update={"overwrite": True}) if claimed and not recipe.resume else recipe
     if stages.current.number > launch.stage:
         return None
     if recipe.resume:
