@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 import torch
@@ -112,7 +113,11 @@ def each_alone(
         if all(earlier.get(key) == report[key] for key in same):
             found = {mode["mode"]: mode for mode in earlier["modes"]}
 
-    def measured(name: str) -> dict[str, Any]:
+    one_at_a_time, failed = Lock(), Event()
+
+    def measured(name: str) -> None:
+        if failed.is_set():
+            return
         command = [
             sys.executable, script, options.shape, "--mode", name, "--rows", str(options.rows), "--length",
             str(options.length), "--threads", str(options.threads), "--device", options.device, "--seed",
@@ -120,16 +125,16 @@ def each_alone(
         ]  # fmt: skip
         child = subprocess.run(command, capture_output=True, text=True, check=False)
         if child.returncode:
+            failed.set()
             raise SystemExit(f"mode {name!r} failed:\n{child.stderr}")
-        result: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-        return result
+        with one_at_a_time:
+            found[name] = json.loads(child.stdout.splitlines()[-1])
+            write({**report, "modes": [found[name] for name in names if name in found]}, part)
 
     with ThreadPoolExecutor(options.at_once) as pool:
         jobs = [pool.submit(measured, name) for name in names if name not in found]
         for job in tqdm(as_completed(jobs), total=len(jobs), desc="modes"):
-            mode = job.result()
-            found[mode["mode"]] = mode
-            write({**report, "modes": [found[name] for name in names if name in found]}, part)
+            job.result()
     return [found[name] for name in names]
 
 

@@ -185,7 +185,9 @@ class Training:
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
 
-def build(mode: Mode, shape: str, rows: int, length: int, seed: int, device: str, *, autocast: bool) -> Training:
+def build(
+    mode: Mode, shape: str, rows: int, length: int, seed: int, device: str, *, autocast: bool = False
+) -> Training:
     """BERT-base (``shape`` ``bert``, ``rows`` x ``length`` tokens) or ViT-base (``vit``, 224 pixels) in ``mode``.
 
     ``autocast``: whether forward passes are in bfloat16.

@@ -20,7 +20,7 @@ from benchmarks.table import gradients, memory, memory_time
 from benchmarks import budgets, modes
 from tests.memory.steps import everything_packs
 
-OPTIONS = Namespace(shape="bert", rows=4, length=32, seed=0, device="cpu", rounds=2)
+OPTIONS = Namespace(shape="bert", rows=4, length=32, seed=0, device="cpu", rounds=2, autocast=False)
 MACHINE = {"processor": "a processor", "threads": 1, "packages": {"torch": "1"}}
 
 
