@@ -41,7 +41,7 @@ KINDS = (
 )  # fmt: skip
 PARTS = (1, 4)
 GIB = 2**30
-BUDGETS = tuple(size * GIB for size in (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0))
+BUDGETS = tuple(size * GIB for size in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0))
 WAYS: dict[str, tuple[str, Mode]] = {
     way.name: (kind.name, way)
     for kind in KINDS
