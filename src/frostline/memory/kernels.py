@@ -42,8 +42,8 @@ _ROWS_AT_ONCE, _BYTES_AT_ONCE = 32, 512
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether kernels can work on ``tensor``."""
-    return triton is not None and tensor.is_cuda and tensor.numel() > 0
+    """Whether kernels can work on ``tensor``: Triton's work on the GPUs that have bfloat16."""
+    return triton is not None and tensor.is_cuda and tensor.numel() > 0 and _has_bfloat16(tensor.device)
 
 
 def pack_rows(values: Tensor, width: int, top: float, zero: float) -> tuple[Tensor, Tensor]:
@@ -98,6 +98,11 @@ def unpack_bits(packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     flags = values.view(torch.uint8) if dtype == torch.bool else values
     _launch(_unpack_bits, _parts(count, 8 * _BYTES_AT_ONCE), flags, packed, count)
     return values
+
+
+@functools.lru_cache(maxsize=32)
+def _has_bfloat16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _parts(count: int, size: int) -> int:

@@ -88,7 +88,7 @@ class Shelf:
     def __init__(self, level: Level, parameters: Iterable[Tensor], ledger: Ledger | None = None) -> None:
         self.level, self._ledger = level, ledger
         self._alive: dict[int, StorageWeakRef] = {}
-        # Held until the pass has ended, so that no number among them is given to another storage.
+        # Held, so that no number among them is given to another storage.
         self._parameters = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in parameters)}
         self._contents: dict[_Place, dict[Format, Content]] = {}
         self._probabilities: dict[_Place, Content] = {}
@@ -132,7 +132,6 @@ class Shelf:
         self._products.clear()
         self._raw.clear()
         self._alive.clear()
-        self._parameters.clear()
         self._noise = None
 
     # -- inside -------------------------------------------------------------------------------------
