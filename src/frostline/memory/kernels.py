@@ -1,8 +1,8 @@
 """The formats' work on a GPU, each way in one kernel: values are read once and written once.
 
-Operation by operation, packing would read and write a saved tensor some ten times. The parts are those of the formats themselves (:mod:`frostline.memory.formats`,
-:mod:`frostline.memory.codebook`), so either may read what the other has written. Triton comes with torch's builds for
-GPUs; without it the formats do their work in torch's own operations.
+Operation by operation, packing would read and write a saved tensor some ten times. The parts are those of the formats
+themselves (:mod:`frostline.memory.formats`, :mod:`frostline.memory.codebook`), so either may read what the other has
+written. Triton comes with torch's builds for GPUs; without it the formats do their work in torch's own operations.
 """
 
 from __future__ import annotations
