@@ -89,6 +89,7 @@ def one_launch(settings: dict[str, Any], mode: str, seed: int) -> dict[str, Any]
             "trajectory": summary["trajectory"],
             "stages": [stage.numbers() for stage in stages.stages],
             "looks": [{"samples": look.samples, **look.numbers} for look in stages.looks],
+            "starts": [vars(entry) for entry in entries],
             "seconds": sum(entry.seconds for entry in entries),
             "training_seconds": sum(summary["seconds"][phase] for phase in TRAINING_PHASES),
             "rank_seconds": sum(3600 * entry.rank_hours for entry in entries),

@@ -19,7 +19,7 @@ from frostline.clock import process_start
 from frostline.errors import ConfigError, FrostlineError
 from tests.recipes.workbench import BLOCKS, recipe_content, write_recipe_file
 
-COMMAND = [sys.executable, "-c", "from frostline.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "frostline"]
 
 
 def invoke(*arguments: str | Path) -> tuple[int, str, str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from frostline.adapters import staging
 from frostline.errors import ConfigError, FrostlineError
 from frostline.events import read_events
 from frostline.launcher import Hosts, launch, supervisor
@@ -229,6 +230,19 @@ def test_two_hosts_meet_and_one_leaves(tmp_path: Path) -> None:
     assert sum("this host is not needed any more" in words for words in said) == 1
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["steps"], summary["samples"]) == (24, 192)
+
+
+def test_a_step_is_timed_where_the_line_has_come_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change that costs something is looked at some steps after the line has moved: at 72 and 144 samples."""
+    monkeypatch.setattr(staging, "_SETTLE", 4)
+    for name, restart, looked in (("free", 0, [72, 144]), ("dear", 1e9, [104, 176])):
+        root = tmp_path / name
+        root.mkdir()
+        content = recipe(root, 0.0, pack={**PACK, "mode": "performance", "largest": 1, "restart": restart})
+        content["training"]["per_device_train_batch_size"] = 8
+        run_stage(Recipe.model_validate(content), Launch("once", 0, 1), started=time.time())
+        events = read_events(root / "run" / "events.jsonl")
+        assert [event["samples"] for event in events if event["event"] == "packing"] == looked, name
 
 
 def test_a_recipe_that_packs_is_launched(tmp_path: Path) -> None:

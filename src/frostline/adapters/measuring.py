@@ -6,7 +6,7 @@ import contextlib
 import heapq
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -22,21 +22,21 @@ from frostline.distributed import Buckets
 from frostline.errors import ConfigError
 from frostline.freezer import Freezer
 from frostline.memory.model import Bench, MemoryModel, OptimizerCost, Way, nbytes_of, optimizer_cost
-from frostline.policies.base import Policy
+from frostline.policies.base import Decision, Policy
 from frostline.policies.registry import create
 from frostline.trace import first_tensor
 
 __all__ = [
     "Frozen",
-    "Profile",
     "bench_of",
     "checkpointing_setting",
     "cost_of_optimizer",
     "freeze_heaviest",
     "ignores_items",
     "layer_sizes",
-    "profile",
+    "peaks_of",
     "readable",
+    "row_seconds",
     "way_of",
 ]
 
@@ -46,22 +46,12 @@ logger = logging.getLogger("frostline")
 _LOOKED_AT = 10_000
 
 
-class Profile(NamedTuple):
-    """What a step of a Trainer takes: what packing goes by.
-
-    Attributes:
-        peaks: bytes at its peak, by depth of the frost line and then by number of rows in a micro-batch.
-        row_seconds: of the forward and backward pass, for each further row of an ordinary batch.
-    """
-
-    peaks: list[list[int]]
-    row_seconds: float
-
-
-def profile(
+def peaks_of(
     trainer: Trainer, level: str, policy: str, options: Mapping[str, Any], blocks: str | None, rows: Sequence[int]
-) -> Profile:
-    """Measure a step of ``trainer`` before it trains; its model and the random state are as before afterwards.
+) -> list[list[int]]:
+    """Measure what a step of ``trainer`` takes, before it trains: bytes at its peak, by depth, then by ``rows``.
+
+    Its model and the random state are as before afterwards.
 
     Args:
         trainer: not wrapped yet.
@@ -74,25 +64,54 @@ def profile(
     Raises:
         ConfigError: the data are a stream.
     """
-    model: Any = trainer.model
-    stack, state = BlockStack.find(model, blocks), capture()
-    bench, freezer = bench_of(trainer, stack), Freezer(stack)
-    way = way_of(trainer, level)
-    buckets = Buckets.of(model) if trainer.args.world_size > 1 else None
-    try:
+    with _measuring(trainer, blocks) as (stack, freezer):
+        bench, way = bench_of(trainer, stack), way_of(trainer, level)
+        buckets = Buckets.of(stack.model) if trainer.args.world_size > 1 else None
         sizes, cost = layer_sizes(bench, rows[0]), cost_of_optimizer(trainer, stack)
         frozen = freeze_heaviest(freezer, create(policy, options, plan_for(stack, 1, 1, 1)), sizes, cost)
         buckets = replace(buckets, asleep=frozen.asleep) if buckets is not None else None
         found = MemoryModel.measure(bench, (), frozen.cost, frozen.resting, frozen.held, buckets)
         found.activations[way] = found.calibrated(bench, way, rows[0])
         accumulates = trainer.args.gradient_accumulation_steps > 1
-        peaks = [
+        return [
             [found.peak(way, size, depth, accumulates=accumulates) for size in rows] for depth in range(len(stack) + 1)
         ]
-        freezer.release()
-        ordinary, more = bench_of(trainer, stack, _ordinary(trainer)), max(2, rows[0])
-        seconds = [ordinary.seconds(way, size) for size in (more // 2, more)]
-        return Profile(peaks, max(0.0, seconds[1] - seconds[0]) / (more - more // 2))
+
+
+def row_seconds(trainer: Trainer, level: str, blocks: str | None, few: int, many: int) -> float:
+    """Seconds of the forward and backward pass for each further row of a micro-batch, only the last block training.
+
+    The same samples are run in one micro-batch of ``many`` rows and in several of ``few``: a larger one is padded more,
+    and does more at once. Model and random state are as before afterwards.
+
+    Args:
+        trainer: not wrapped yet.
+        level: of compression.
+        blocks: dotted path of the list of blocks.
+        few: rows of the smaller size; equal sizes are compared with no rows at all.
+        many: rows of the larger size, so many times ``few``.
+    """
+    with _measuring(trainer, blocks) as (stack, freezer):
+        way = way_of(trainer, level)
+        freezer.apply(Decision(len(stack) - 1))
+        parts = range(many // few)
+        apart = [
+            bench_of(trainer, stack, _ordinary(trainer, many, part, len(parts))).seconds(way, few) for part in parts
+        ]
+        if len(parts) == 1:
+            return apart[0] / few
+        together = bench_of(trainer, stack, _ordinary(trainer, many)).seconds(way, many)
+        return (together - sum(apart) / len(apart)) / (many - few)
+
+
+@contextlib.contextmanager
+def _measuring(trainer: Trainer, blocks: str | None) -> Iterator[tuple[BlockStack, Freezer]]:
+    """The Trainer's blocks and what freezes them, while something is measured."""
+    model: Any = trainer.model
+    stack, state = BlockStack.find(model, blocks), capture()
+    freezer = Freezer(stack)
+    try:
+        yield stack, freezer
     finally:
         freezer.release()
         model.zero_grad(set_to_none=True)
@@ -227,10 +246,11 @@ def _longest(trainer: Trainer) -> Callable[[int], Mapping[str, Any]]:
     return lambda count: trainer._prepare_inputs(collate([data[rows[n % len(rows)]] for n in range(count)]))
 
 
-def _ordinary(trainer: Trainer) -> Callable[[int], Mapping[str, Any]]:
-    """A function from a number of samples to a batch of that many from all over the data."""
+def _ordinary(trainer: Trainer, many: int, first: int = 0, step: int = 1) -> Callable[[int], Mapping[str, Any]]:
+    """A function that makes a batch: of ``many`` samples from all over the data, each ``step``-th from ``first`` on."""
     data, collate = readable(trainer)
-    return lambda count: trainer._prepare_inputs(collate([data[n * len(data) // count] for n in range(count)]))
+    rows = [number * len(data) // many for number in range(first, many, step)]
+    return lambda _: trainer._prepare_inputs(collate([data[row] for row in rows]))
 
 
 def _size(row: Any) -> int:

@@ -25,7 +25,9 @@ from frostline.state import load_state
 
 __all__ = ["Keeper", "behind", "move_on", "ordered_loader"]
 
-_RECENT = 50  # steps whose median says what a step takes
+# Steps at a new depth before it is looked at, so that their median says what a step takes there; the first ones, which
+# build anew what hangs on what trains (buckets, records), are left out.
+_SETTLE, _UNSETTLED = 12, 3
 
 
 def ordered_loader(trainer: Trainer, order: Order) -> DataLoader[Any]:
@@ -78,7 +80,7 @@ class Keeper(TrainerCallback):
         self._frost, self._stages, self._now, self._order, self._options = frost, stages, now, order, options
         self._run, self._total, self._started, self._restart = run, total, started, options.restart
         self._depth, self._due = 0, False
-        self._seconds: deque[float] = deque(maxlen=_RECENT)
+        self._seconds: deque[float] = deque(maxlen=_SETTLE - _UNSETTLED)
         self._began = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -98,7 +100,7 @@ class Keeper(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._seconds.append(time.perf_counter() - self._began)
         if self._stages.job is not None and self._frost.depth != self._depth:
-            self._due = True
+            self._due = self._has_settled()
         # At the end of an epoch its evaluation comes first.
         if self._due and state.global_step % self._order.steps:
             self._look(state, control)
@@ -114,29 +116,36 @@ class Keeper(TrainerCallback):
         assert self._frost.engine is not None
         assert self._stages.job is not None
         samples, self._due = self._frost.engine.samples, False
-        before, self._depth = self._depth, self._frost.depth
+        self._depth = self._frost.depth
         if state.global_step >= state.max_steps:
             return
         look = self._stages.look_at(samples)
         if look is None:
             job = self._stages.job
-            look = from_first(lambda: self._find(job, before, samples))  # by a clock: the first rank's word is law
+            look = from_first(lambda: self._find(job, samples))  # by a clock: the first rank's word is law
             self._stages.looks.append(look)
             if state.is_world_process_zero:
                 self._stages.write(self._run)
-        self._seconds.clear()
         self._frost.engine.journal.write("packing", depth=self._depth, taken=look.stage is not None, **look.numbers)
         if look.stage is not None:
             self.following = look.stage
             control.should_save = control.should_training_stop = True
 
-    def _find(self, job: Job, before: int, samples: int) -> Look:
+    def _has_settled(self) -> bool:
+        """Whether the line has stood still long enough, by samples: a run that a kill takes back looks there again."""
+        engine = self._frost.engine
+        assert engine is not None
+        steps = 0 if self._options.restart == 0 else _SETTLE  # what costs nothing need not be known
+        return bool(engine.samples - engine.journal.trajectory[-1]["samples"] >= steps * self._now.batch)
+
+    def _find(self, job: Job, samples: int) -> Look:
         now, depth = self._now, self._frost.depth
-        # What a step takes beside its rows (the optimizer, the exchange of gradients) was measured at the depth before.
-        fixed = max(0.0, statistics.median(self._seconds) - now.accumulation * now.rows * job.per_row(before))
+        per_row = job.per_row(depth)
+        # The rest of a step: the optimizer, the exchange of gradients, what is done once for a batch.
+        fixed = statistics.median(self._seconds) - now.accumulation * now.rows * per_row
         return next_stage(
             self._options, self._stages, now, depth=depth, samples=samples, left=round(self._total - samples),
-            pace=Pace(fixed, job.per_row(depth)), restart=self._restart or 0.0,
+            pace=Pace(fixed, per_row), restart=self._restart or 0.0,
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ class PackOptions(BaseModel):
 
     ``mode``: ``none``; ``performance`` (the ranks stay, their micro-batches grow: the shortest time); ``efficiency``
     (the batch stays and moves to fewer ranks: the lowest cost). ``memory``: bytes (or "16GiB") that a rank may take
-    (null: what the first stage takes with nothing frozen). ``largest``: how many times the first batch a batch may
+    (null: what the first stage takes as it begins). ``largest``: how many times the first batch a batch may
     become. ``rate``: of the learning rate as the batch grows (auto: ``linear`` for SGD, ``sqrt`` for the Adam family).
     ``restart``: seconds that a change of stage is taken to cost (null: measured; 0: change wherever it fits).
     ``price``: of one rank for one hour.

@@ -17,7 +17,10 @@ __all__ = ["Pace", "next_stage"]
 
 @dataclass(frozen=True)
 class Pace:
-    """What a step takes, in seconds: ``fixed`` whatever its micro-batch holds, ``per_row`` more for each row of it."""
+    """What a step takes, in seconds: ``fixed`` whatever its micro-batch holds, ``per_row`` more for each row of it.
+
+    Where larger batches are padded so much more that they spare nothing, ``fixed`` is below zero.
+    """
 
     fixed: float
     per_row: float

@@ -65,7 +65,7 @@ class Job:
         rows: samples in a micro-batch of the first stage.
         peaks: bytes of a rank at the peak of a step, by depth of the frost line; the entries are for micro-batches of
             ``rows`` samples, of twice as many, and so on.
-        row_seconds: of the forward and backward pass with nothing frozen, for each further row.
+        row_seconds: of the forward and backward pass for each further row, where only the last block trains.
         cap: bytes that a rank may take.
         adaptive: whether the optimizer is of the Adam family.
     """
@@ -83,7 +83,7 @@ class Job:
     def per_row(self, depth: int) -> float:
         """Seconds for each further row: of 3N passes of a block, forward and backward, k frozen ones save 2k."""
         blocks = len(self.peaks) - 1
-        return self.row_seconds * (3 * blocks - 2 * depth) / (3 * blocks)
+        return self.row_seconds * (3 * blocks - 2 * depth) / (3 * blocks - 2 * (blocks - 1))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from frostline.adapters.checkpoints import newest_complete
 from frostline.adapters.huggingface import Frost
-from frostline.adapters.measuring import profile
+from frostline.adapters.measuring import peaks_of, row_seconds
 from frostline.adapters.staging import Keeper, behind, move_on
 from frostline.errors import ConfigError
 from frostline.packing import STAGES, Job, Order, Stage, Stages
@@ -223,15 +223,19 @@ class Staged:
         sizes = [
             times * first.rows for times in range(1, (pack.largest if pack.mode == "performance" else first.ranks) + 1)
         ]
-        found = profile(trainer, recipe.memory.level, freeze.policy, freeze.options, freeze.blocks, sizes)
-        cap = int(pack.memory or found.peaks[0][0])
-        if found.peaks[0][0] > cap:
+        level = recipe.memory.level
+        peaks = peaks_of(trainer, level, freeze.policy, freeze.options, freeze.blocks, sizes)
+        cap = int(pack.memory or peaks[0][0])
+        if peaks[0][0] > cap:
             raise ConfigError(
-                f"pack.memory={cap}: micro-batches of {first.rows} take {found.peaks[0][0]} bytes with nothing frozen; "
+                f"pack.memory={cap}: micro-batches of {first.rows} take {peaks[0][0]} bytes with nothing frozen; "
                 "allow more, or set a smaller training.per_device_train_batch_size"
             )
+        # Sizes are timed where only the last block trains: there a larger one fits if it ever does.
+        many = max((size for size, peak in zip(sizes, peaks[-2], strict=True) if peak <= cap), default=first.rows)
+        seconds = row_seconds(trainer, level, freeze.blocks, first.rows, many)
         adaptive = "sgd" not in str(recipe.training["optim"])
-        return Job(first.rows, found.peaks, found.row_seconds, cap, adaptive)
+        return Job(first.rows, peaks, seconds, cap, adaptive)
 
     def _follow(self, following: Stage | None) -> bool:
         if following is None:
