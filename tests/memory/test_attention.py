@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from frostline.memory import attention
 from frostline.memory.attention import recomputed_attention
 
 HEADS, LENGTH, WIDTH = 2, 5, 4
@@ -32,10 +33,19 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
         {"attn_mask": torch.linspace(-1, 1, LENGTH, dtype=torch.float64).expand(LENGTH, LENGTH)},
         {"dropout_p": 0.3},
         {"dropout_p": 0.3, "is_causal": True},
+        {"dropout_p": 0.3, "scale": 0.3, "attn_mask": torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()},
+        {"dropout_p": 0.3, "attn_mask": torch.linspace(-1, 1, 2 * LENGTH, dtype=torch.float64).view(2, 1, 1, LENGTH)},
+        {"dropout_p": 0.3, "attn_mask": (torch.arange(2 * LENGTH) % 7 > 0).view(2, 1, 1, LENGTH)},
+        {"dropout_p": 0.3, "attn_mask": torch.zeros(LENGTH, LENGTH, dtype=torch.bool)},
     ],
-    ids=["plain", "causal", "scaled", "mask", "bias", "dropout", "dropout-causal"],
+    ids=str,
 )
-def test_its_gradients_are_those_of_finite_differences(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("part", [1, attention._PART], ids=["row by row", "all rows"])
+def test_its_gradients_are_those_of_finite_differences(
+    options: dict[str, Any], part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_PART", part)
+
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         torch.manual_seed(1)  # the same dropout at each of the many evaluations
         return recomputed_attention(query, key, value, **options)

@@ -59,18 +59,10 @@ def test_a_kernel_does_what_the_host_does(how: Format, count: int, dtype: torch.
         # Rounding may fall the other way where a value is half-way between two codes, which in half precision many are.
         assert (one != other.cpu()).float().mean() <= 0.01 or count < 1000
     step = values.float().abs().max() / (7 if how == Rows(4) else 127)
-    if isinstance(how, CodeBook):  # another input of (almost) the same slope
-        slopes = [_slope(how.function, content.restore().float().cpu()) for content in (host, device)]
-        assert (slopes[0] - slopes[1]).abs().max() <= 0.1
-    else:
-        assert (host.restore().float() - device.restore().cpu().float()).abs().max() <= 1.01 * step
+    apart = 0.15 if isinstance(how, CodeBook) else 1.01 * step  # a level, where rounding took the next one
+    assert (host.restore().float() - device.restore().cpu().float()).abs().max() <= apart
     assert torch.equal(there.cpu(), values), "packing changed what it was given"
     assert torch.equal(device.restore(), device.restore())
-
-
-def _slope(function: str, inputs: torch.Tensor) -> torch.Tensor:
-    inputs = inputs.requires_grad_(True)
-    return torch.autograd.grad(FUNCTIONS[function](inputs).sum(), inputs)[0]
 
 
 def test_booleans_come_back_as_they_were() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -167,6 +167,28 @@ def test_a_second_derivative_of_recomputed_attention_is_refused() -> None:
         out = F.scaled_dot_product_attention(q, q, q)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
+@pytest.mark.parametrize("function", [F.gelu, F.silu, nn.GELU("tanh"), nn.SiLU()], ids=str)
+def test_activations_are_kept_as_codes_of_their_slope(function: Callable[[Tensor], Tensor]) -> None:
+    """In any layout; what is handed on is exact. A call that works in place is left as it is."""
+    notes = Notes()
+    x = torch.randn(4, 8, 16, 16).to(memory_format=torch.channels_last).requires_grad_(True)
+    with compressing(nn.Linear(1, 1), "slimfit", notes):
+        out = function(x)
+    assert torch.equal(out, function(x))
+    gradient = torch.randn_like(out)
+    (exact,) = torch.autograd.grad(function(x), x, gradient)
+    (found,) = torch.autograd.grad(out, x, gradient, retain_graph=True)
+    assert [(role, nbytes) for _, role, nbytes in notes.lines] == [("ACTIVATION", x.numel() // 2)]
+    assert found.stride() == x.stride()
+    assert ((found - exact).abs() <= 0.07 * gradient.abs()).all()
+    assert F.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.999
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
+    with compressing(nn.Linear(1, 1), "slimfit"):
+        done = F.silu(x * 1, inplace=True)
+    assert torch.equal(done, F.silu(x))
 
 
 def test_a_second_derivative_of_what_is_kept_whole_is_right() -> None:

@@ -4,12 +4,15 @@ Nothing else that attention saves is kept (probabilities, dropout, its output); 
 falls the same way twice. It stands in for ``scaled_dot_product_attention``, whoever calls it. The forward pass is that
 of the function itself, with gradients enabled, so that the same kernel is chosen: its output is the same bit for bit.
 
+A CPU has no fused kernel with dropout: there the backward pass would hold half a dozen matrices of ``[batch, heads,
+length, length]``, the most that a whole step holds at once. They are made for a few rows of the batch at a time.
+
 Source: prototypes.md B3 ("slimattn"); recomputing attention alone is FlashAttention's trade (arXiv 2205.14135).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -22,6 +25,9 @@ from frostline.memory.aside import nothing_packed
 __all__ = ["attention", "recomputed_attention"]
 
 attention = torch.nn.functional.scaled_dot_product_attention
+
+# Bytes of one such matrix: it stays in the processor's caches.
+_PART = 4 * 2**20
 
 
 def recomputed_attention(
@@ -82,7 +88,10 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, asked: dict[str, Any]) -> Tensor:
         ctx.ambience, ctx.asked = _Ambience.now(query.device, random=asked["dropout_p"] > 0), asked
         ctx.save_for_backward(query, key, value)
-        # The graph of this pass is thrown away at once.
+        # Where there is but one way to run it, nothing of it is held until the end.
+        if _is_unfused(query, key, asked, ctx.ambience):
+            return attention(query, key, value, **asked)
+        # Or with gradients, whose graph is thrown away at once.
         with torch.enable_grad(), nothing_packed():
             query, key, value = _leaves((query, key, value), ctx.needs_input_grad)
             return attention(query, key, value, **asked).detach()
@@ -95,11 +104,66 @@ class _Recomputed(torch.autograd.Function):
                 "(create_graph=True): use memory level 'off' or 'published'"
             )
         inputs = query, key, value = _leaves(ctx.saved_tensors, ctx.needs_input_grad)
+        if _is_unfused(query, key, ctx.asked, ctx.ambience):
+            return (*_by_parts(inputs, gradients[0], ctx.asked, ctx.ambience), None)
         # A backward pass inside of a forward pass must not meet what stands in for attention there.
         with torch._C.DisableTorchFunction(), torch.enable_grad(), nothing_packed(), ctx.ambience.again():
             out = attention(query, key, value, **ctx.asked)
         found = iter(torch.autograd.grad(out, [t for t in inputs if t.requires_grad], gradients))
         return (*(next(found) if tensor.requires_grad else None for tensor in inputs), None)
+
+
+def _is_unfused(query: Tensor, key: Tensor, asked: dict[str, Any], ambience: _Ambience) -> bool:
+    """Whether attention runs as :func:`_with_noise` does: each product by itself, in the precision of its inputs."""
+    return (
+        query.device.type == "cpu"
+        and asked["dropout_p"] > 0
+        and query.dtype in (torch.float32, torch.float64)
+        and query.dim() == 4
+        and query.shape[:2] == key.shape[:2]  # else one key serves several heads
+        and not ambience.autocast
+    )
+
+
+def _by_parts(inputs: Sequence[Tensor], gradient: Tensor, asked: dict[str, Any], ambience: _Ambience) -> Iterator[Any]:
+    """The gradients of ``inputs`` (query, key, value; ``None`` where none is wanted), some rows of the batch at a time.
+
+    Dropout's noise is drawn for all of them at once, as in the forward pass, and kept as one byte each.
+    """
+    query, key, _ = inputs
+    rows, (heads, length) = len(query), query.shape[1:3]
+    with ambience.again():
+        drawn = torch.empty(rows, heads, length, key.shape[-2], dtype=query.dtype).bernoulli_(1 - asked["dropout_p"])
+        noise = drawn.bool()
+    at_once = max(1, _PART // max(1, drawn[0].nbytes))
+    del drawn
+    found = [torch.empty_like(tensor) if tensor.requires_grad else None for tensor in inputs]
+    for first in range(0, rows, at_once):
+        place = slice(first, first + at_once)
+        leaves = _leaves((tensor[place] for tensor in inputs), (tensor.requires_grad for tensor in inputs))
+        with torch._C.DisableTorchFunction(), torch.enable_grad(), nothing_packed():
+            out = _with_noise(leaves, noise[place], asked, place)
+        values = iter(torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], gradient[place]))
+        for whole in found:
+            if whole is not None:
+                whole[place] = next(values)
+    return iter(found)
+
+
+def _with_noise(inputs: Sequence[Tensor], noise: Tensor, asked: dict[str, Any], place: slice) -> Tensor:
+    """Attention of some rows of the batch, with dropout's ``noise``: where it is false, a probability is dropped."""
+    query, key, value = inputs
+    scale, mask = asked.get("scale"), asked["attn_mask"]
+    root = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5  # of both factors, as torch does it
+    scores = (query * root) @ (key * root).transpose(-2, -1)
+    if asked["is_causal"]:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        mask = mask[place] if mask.dim() == 4 and len(mask) > 1 else mask
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    probabilities: Tensor = torch._safe_softmax(scores, -1)
+    kept: Tensor = probabilities * noise / (1 - asked["dropout_p"])
+    return kept @ value
 
 
 def _leaves(tensors: Iterable[Tensor], wanted: Iterable[bool]) -> list[Tensor]:

@@ -1,16 +1,16 @@
 """A code book over the derivative of an activation function.
 
 The backward pass of an elementwise function f uses its input x only through f'(x). So instead of x it is enough to keep
-which of 16 levels f'(x) is nearest to, and to hand back some x whose derivative is that level: the native backward then
-computes the level itself. There is no scale and nothing is cut off. The levels hold 0 and 1 exactly, because most units
-are dead or linear, and an error that all of them share would add up (prototypes.md B3).
+which of 16 levels f'(x) is nearest to; the backward pass is a product with that level. There is no scale and nothing is
+cut off. The levels hold 0 and 1 exactly, because most units are dead or linear, and an error that all of them share
+would add up (prototypes.md B3).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from frostline.memory import kernels
 from frostline.memory.aside import nothing_packed
 from frostline.memory.formats import ByRow, rounded
 from frostline.memory.kernels import PLACES
+from frostline.memory.layout import contiguous_strides, in_memory_order
 
-__all__ = ["FUNCTIONS", "CodeBook"]
+__all__ = ["FUNCTIONS", "CodeBook", "coded_activation"]
 
 FUNCTIONS = {
     "gelu": lambda x: torch.nn.functional.gelu(x),
@@ -37,12 +38,12 @@ _GRID = 1 << 19
 class _Book(NamedTuple):
     steps: float  # places of the table for an input larger by 1
     codes: Tensor  # [PLACES]: the nearest level of the inputs at each place; 0 stands in the middle
-    inputs: Tensor  # [16]: an input whose derivative is the level
+    levels: Tensor  # [16]
 
 
 @dataclass(frozen=True)
 class CodeBook(ByRow):
-    """Four bits for the input of a function of :data:`FUNCTIONS`."""
+    """Four bits for the derivative of a function of :data:`FUNCTIONS`: packed from its inputs, unpacked as levels."""
 
     function: str
 
@@ -58,7 +59,7 @@ class CodeBook(ByRow):
 
     def unpack(self, parts: tuple[Tensor, ...], count: int, dtype: torch.dtype) -> Tensor:
         if kernels.usable(parts[0]):
-            return kernels.unpack_book(parts[0], _book(self.function, parts[0].device).inputs, count, dtype)
+            return kernels.unpack_book(parts[0], _book(self.function, parts[0].device).levels, count, dtype)
         return super().unpack(parts, count, dtype)
 
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -70,7 +71,36 @@ class CodeBook(ByRow):
 
     def decode(self, codes: Tensor, scales: Tensor | None, into: Tensor) -> None:
         book = _book(self.function, codes.device)
-        into.copy_(book.inputs.index_select(0, codes.reshape(-1).int()).view(codes.shape))
+        into.copy_(book.levels.index_select(0, codes.reshape(-1).int()).view(codes.shape))
+
+
+def coded_activation(x: Tensor, function: str) -> Tensor:
+    """``function`` of :data:`FUNCTIONS` of ``x``, exactly; what is saved for its gradient are the codes.
+
+    It has no second derivative: a backward pass with ``create_graph`` raises RuntimeError.
+    """
+    out: Tensor = _Coded.apply(x, function)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Coded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: str) -> Tensor:
+        values, strides = in_memory_order(x)
+        ctx.function, ctx.like = function, (x.dtype, x.shape, strides or contiguous_strides(x.shape))
+        ctx.save_for_backward(*CodeBook(function).pack(values))
+        return FUNCTIONS[function](x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"compressed {ctx.function} has no second derivative (create_graph=True): use memory level 'off', "
+                "'safe' or 'published'"
+            )
+        dtype, shape, strides = ctx.like
+        slopes = CodeBook(ctx.function).unpack(ctx.saved_tensors, shape.numel(), dtype)
+        return slopes.as_strided(shape, strides).mul_(gradients[0]), None
 
 
 @lru_cache(maxsize=32)
@@ -81,21 +111,14 @@ def _book(function: str, device: torch.device) -> _Book:
         x = torch.linspace(-_REACH, _REACH, _GRID + 1, dtype=torch.float64, requires_grad=True)
         (slope,) = torch.autograd.grad(FUNCTIONS[function](x).sum(), x)
     grid = x.detach()
-    least, most = int(slope.argmin()), int(slope.argmax())
-    low, high = float(slope[least]), float(slope[most])
+    low, high = float(slope.min()), float(slope.max())
     levels = torch.tensor([low, low / 2, 0.0, *(k / 12 for k in range(1, 13)), high], dtype=torch.float64)
     # Between two levels the border is their middle: count how many borders a slope has passed.
     codes = torch.bucketize(slope, (levels[1:] + levels[:-1]) / 2)
     changes = (codes[1:] != codes[:-1]).nonzero().view(-1)
     ends = (grid[changes] + grid[changes + 1]) / 2
-    # From the least to the most the derivative only rises: there each level has one input.
-    rising, at = slope[least : most + 1], grid[least : most + 1]
-    above = torch.searchsorted(rising, levels).clamp_(1, rising.numel() - 1)
-    share = (levels - rising[above - 1]) / (rising[above] - rising[above - 1])
-    inputs = at[above - 1] + share.clamp_(0, 1) * (at[above] - at[above - 1])
-    inputs[0], inputs[-1] = at[0], at[-1]
     own = torch.cat((codes[:1], codes[changes + 1]))
     steps = PLACES / 2 / (1.1 * float(ends.abs().max()))
     at_places = (torch.arange(PLACES, dtype=torch.float64) - PLACES // 2) / steps
     table = own[torch.bucketize(at_places, ends)]
-    return _Book(steps, table.to(torch.uint8).to(device), inputs.float().to(device))
+    return _Book(steps, table.to(torch.uint8).to(device), levels.float().to(device))

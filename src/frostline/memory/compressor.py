@@ -6,7 +6,7 @@ by model, through two things that torch offers: hooks on saved tensors, and a mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from frostline.errors import ModelError
 from frostline.memory.attention import attention, recomputed_attention
+from frostline.memory.codebook import coded_activation
 from frostline.memory.levels import Level, level_named
 from frostline.memory.operations import Call, Role, Watch
-from frostline.memory.saved import Kept, Ledger, Shelf
+from frostline.memory.saved import SMALL, Kept, Ledger, Shelf
 from frostline.trace import unwrap
 
 __all__ = ["Compressor", "compressing"]
@@ -39,7 +40,11 @@ class compressing:
         level = level_named(level) if isinstance(level, str) else level
         self._shelf = Shelf(level, _weights(model), ledger)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
-        replaced = {attention: self._attention} if level.attention is not None else {}
+        replaced: dict[Any, Callable[..., Tensor]] = {}
+        if level.attention is not None:
+            replaced[attention] = self._attention
+        if level.activation == "code book":
+            replaced |= {nn.functional.gelu: self._gelu, nn.functional.silu: self._silu}
         self._watch = Watch(replaced, self._done)
 
     def __enter__(self) -> None:
@@ -65,6 +70,19 @@ class compressing:
         trains = query.requires_grad or key.requires_grad or value.requires_grad
         chosen = recomputed_attention if trains and not learned and self._innermost() else attention
         return chosen(query, key, value, *args, **kwargs)
+
+    def _gelu(self, x: Tensor, *, approximate: str = "none") -> Tensor:
+        if self._is_coded(x):
+            return coded_activation(x, "gelu-tanh" if approximate == "tanh" else "gelu")
+        return nn.functional.gelu(x, approximate=approximate)
+
+    def _silu(self, x: Tensor, inplace: bool = False) -> Tensor:
+        if self._is_coded(x) and not inplace:
+            return coded_activation(x, "silu")
+        return nn.functional.silu(x, inplace)
+
+    def _is_coded(self, x: Tensor) -> bool:
+        return x.requires_grad and x.numel() >= SMALL and self._innermost()
 
     def _innermost(self) -> bool:
         """Whether it is our hooks that act: a checkpointed block must save the same when it runs again."""

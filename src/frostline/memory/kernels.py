@@ -74,11 +74,11 @@ def pack_book(values: Tensor, table: Tensor, steps: float) -> Tensor:
     return codes
 
 
-def unpack_book(codes: Tensor, inputs: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """``[count]`` values of ``dtype``: the one of ``inputs`` ``[16]`` for each code that :func:`pack_book` gave."""
+def unpack_book(codes: Tensor, levels: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """``[count]`` values of ``dtype``: the one of ``levels`` ``[16]`` for each code that :func:`pack_book` gave."""
     values = torch.empty(count, dtype=dtype, device=codes.device)
     rows = codes.shape[0]
-    _launch(_unpack_book, _parts(rows, _ROWS_AT_ONCE), values, codes, inputs, count, rows)
+    _launch(_unpack_book, _parts(rows, _ROWS_AT_ONCE), values, codes, levels, count, rows)
     return values
 
 
@@ -239,10 +239,10 @@ if triton is not None:
         _write_codes(codes, row, place, rows, low, high, True)
 
     @_kernel()
-    def _unpack_book(values, codes, inputs, count, rows):
+    def _unpack_book(values, codes, levels, count, rows):
         row, place = _places()
         low, high = _read_codes(codes, row, place, rows, True)
-        _write(values, row, place, count, tl.load(inputs + low), tl.load(inputs + high))
+        _write(values, row, place, count, tl.load(levels + low), tl.load(levels + high))
 
     @triton.jit
     def _bits():

@@ -8,9 +8,8 @@ from functools import cached_property
 from torch import Tensor
 
 from frostline.errors import ConfigError, choices_message
-from frostline.memory.codebook import CodeBook
 from frostline.memory.formats import Bits, FixedPoint, Format, Noise, Pruned, Rows
-from frostline.memory.operations import Call, Role, activation_of
+from frostline.memory.operations import Call, Role
 
 __all__ = ["LEVELS", "Level", "level_named"]
 
@@ -22,11 +21,11 @@ _PUBLISHED_EIGHT = FixedPoint(3, 4)
 class Level:
     """The format of each role; ``None`` keeps what is saved as it is.
 
-    ``activation`` and ``resting_norm`` may be words, because their format depends on the call: ``"code book"`` (four
-    bits of the derivative) and ``"pruned"`` (the largest tenth of the normalised values). ``attention``: what the
-    queries, keys and values are kept in, from which the backward pass computes attention again; ``None``: whatever
-    attention saves is compressed by role instead. ``masks``: booleans, and noise, as bits. ``slices``: a small piece of
-    a large tensor is copied, so that it does not hold all of it.
+    ``activation`` and ``resting_norm`` may be words: ``"code book"`` (four bits of the derivative are kept in place of
+    the input) and ``"pruned"`` (the largest tenth of the normalised values; the format depends on the call).
+    ``attention``: what the queries, keys and values are kept in, from which the backward pass computes attention again;
+    ``None``: whatever attention saves is compressed by role instead. ``masks``: booleans, and noise, as bits.
+    ``slices``: a small piece of a large tensor is copied, so that it does not hold all of it.
     """
 
     name: str
@@ -48,7 +47,7 @@ class Level:
         """How a saved tensor of ``role`` is kept."""
         match role:
             case Role.ACTIVATION if self.activation == "code book":
-                return CodeBook(activation_of(call))
+                return self.elementwise  # of a call that could not be replaced
             case Role.RESTING_NORM if self.resting_norm == "pruned":
                 return _pruned(call, saved)
             case Role.NOISE:

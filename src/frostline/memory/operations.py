@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Call", "Role", "Watch", "activation_of", "role_of"]
+__all__ = ["Call", "Role", "Watch", "role_of"]
 
 
 class Role(Enum):
@@ -146,12 +146,6 @@ def role_of(call: Call | None, saved: Tensor) -> Role:
     if name in _ELEMENTWISE or (name == "pow" and _whole(call.argument(1, "exponent"))):
         return Role.EXACT if saved.shape[-1] == 1 else Role.ELEMENTWISE  # one deviation a row, say
     return Role.EXACT
-
-
-def activation_of(call: Call) -> str:
-    """The function of :mod:`frostline.memory.codebook` that a call with role ``ACTIVATION`` computes."""
-    tanh = call.name == "gelu" and call.argument(1, "approximate", "none") == "tanh"
-    return "gelu-tanh" if tanh else call.name
 
 
 def _is_cast(saved: Tensor, argument: Any) -> bool:

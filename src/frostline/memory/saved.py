@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from frostline.memory.formats import Bits, Content, Format, Packed, Product
+from frostline.memory.layout import contiguous_strides, in_memory_order
 from frostline.memory.levels import Level
 from frostline.memory.operations import Call, Role, role_of
 
-__all__ = ["Kept", "Ledger", "Shelf"]
+__all__ = ["SMALL", "Kept", "Ledger", "Shelf"]
 
 # Values below which packing saves less than it costs.
 SMALL = 4096
@@ -141,14 +142,16 @@ class Shelf:
             return Role.EXACT, None
         if saved.dtype == torch.bool:
             return Role.NOISE, Bits() if self.level.masks else None
-        if not saved.is_floating_point() or call is None:
+        if call is None:
             return Role.EXACT, None
+        if not saved.is_floating_point():  # codes are packed already
+            return Role.ACTIVATION if call.name in ("gelu", "silu") else Role.EXACT, None
         role = role_of(call, saved)
         return role, self.level.format_of(role, call, saved)
 
     def _pack(self, saved: Tensor, how: Format) -> tuple[Kept, Content, bool]:
         """The tensor as kept in ``how``, its content, and whether that is new."""
-        values, strides = _in_memory_order(saved)
+        values, strides = in_memory_order(saved)
         place = _place(saved)
         known = self._contents.setdefault(place, {}) if strides is not None else {}
         product = self._products.get(place) if strides is not None else None
@@ -156,7 +159,7 @@ class Shelf:
         new = content is None
         if content is None:
             content = known[how] = Packed(how, values.detach())
-        return _View(content, saved.shape, strides or _contiguous(saved.shape)), content, new
+        return _View(content, saved.shape, strides or contiguous_strides(saved.shape)), content, new
 
     def _keep(self, saved: Tensor, operation: str, role: Role) -> Kept:
         """Keep a tensor as it is; a small piece of a large one is copied, so that it does not hold all of it."""
@@ -191,28 +194,8 @@ def _place(tensor: Tensor) -> _Place:
     return _Place(storage, int(tensor.storage_offset()), tensor.numel(), tensor.dtype, tensor._version)
 
 
-def _in_memory_order(tensor: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
-    """The values of ``tensor`` as they lie in memory, and its strides; of one with gaps a copy, and ``None``."""
-    if tensor.is_contiguous():
-        return tensor.view(-1), tensor.stride()
-    strides = tensor.stride()
-    order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
-    laid = tensor.permute(order)
-    if laid.is_contiguous():
-        return laid.reshape(-1), tensor.stride()
-    return tensor.reshape(-1), None
-
-
 def _repeats(tensor: Tensor) -> bool:
     """Whether values stand for several (an expanded tensor): it is large in shape only."""
     return not tensor.is_contiguous() and any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
-
-
-def _contiguous(shape: torch.Size) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(1, size)
-    return tuple(reversed(strides))

@@ -9,6 +9,7 @@ therefore gives back what was measured.
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 import time
@@ -21,7 +22,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import Trainer
+from transformers import DefaultFlowCallback, Trainer
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from frostline.cache.passes import Passes
 from frostline.freezer import Freezer
@@ -37,6 +39,8 @@ __all__ = ["Measured", "measure_steps"]
 _BATCHES, _DRAWN = 12, 48
 # A model so slow that the batches take longer is measured on fewer of them.
 _SECONDS, _FEWEST = 90.0, 4
+# Steps of a Trainer that computes nothing.
+_BARE = 40
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Measured:
         prefixes: everything below the line, without gradients, by depth.
         forward, backward: of the stem, each block and the head in a pass at depth 0, clocks and all.
         spread: the pass at depth 0 of each batch by itself.
+        around: what the Trainer does beside all that in a step (its loop, callbacks, schedule).
     """
 
     rows: int
@@ -63,6 +68,7 @@ class Measured:
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     spread: tuple[float, ...]
+    around: float
 
     def numbers(self) -> dict[str, Any]:
         """JSON values."""
@@ -111,7 +117,7 @@ class Measured:
             head=Part.model_validate(parts[-1]),
             optimizer_state=memory.optimizer.state,
             sample_bytes=int(max(0.0, (more - some) / self.rows - sum(kept)) / accumulates),
-            step_seconds=self.updates[last],
+            step_seconds=self.updates[last] + self.around,
         )
 
 
@@ -143,7 +149,8 @@ def _longest_of(ranks: int, seconds: Sequence[float]) -> float:
 def measure_steps(trainer: Trainer, bench: Bench, way: Way) -> Measured:
     """Time a few steps of ``trainer`` at each of three depths, with progress on stderr.
 
-    Its model trains meanwhile, from the weights that it has; the optimizer is built, if there is none yet.
+    Its model trains meanwhile, from the weights that it has; the optimizer is built, if there is none yet. It is not to
+    be trained afterwards.
 
     Args:
         trainer: before ``train()``.
@@ -187,7 +194,31 @@ def measure_steps(trainer: Trainer, bench: Bench, way: Way) -> Measured:
         finally:
             freezer.release()
             model.zero_grad(set_to_none=True)
-    return _means(rounds[1:], len(chosen[0]))
+    return _means(rounds[1:], len(chosen[0]), _around(trainer, statistics.fmean(found["data", 0] for found in rounds)))
+
+
+def _around(trainer: Trainer, data: float) -> float:
+    """Seconds of the Trainer's own work in a step: it trains some steps in which nothing is computed.
+
+    Args:
+        trainer: will have trained.
+        data: seconds of a micro-batch's rows, which are not its own work.
+    """
+    ends: list[float] = []
+
+    def nothing(*_: Any, **__: Any) -> torch.Tensor:
+        ends.append(time.perf_counter())
+        return torch.zeros((), device=trainer.args.device)
+
+    trainer.training_step = nothing  # type: ignore[method-assign]
+    for callback in list(trainer.callback_handler.callbacks):
+        if not isinstance(callback, DefaultFlowCallback):  # what shows progress, writes files
+            trainer.remove_callback(callback)
+    args, micro = trainer.args, trainer.args.gradient_accumulation_steps
+    args.max_steps, args.eval_strategy, args.save_strategy = _BARE + 1, IntervalStrategy.NO, SaveStrategy.NO
+    trainer.train()
+    took = [(after - before) for before, after in itertools.pairwise(ends[::micro])]
+    return max(0.0, statistics.median(took) - micro * data)
 
 
 def _step(
@@ -206,7 +237,7 @@ def _step(
     return {("pass", depth): passed - start, ("update", depth): now() - passed}
 
 
-def _means(rounds: Sequence[Mapping[tuple[str, int], float]], rows: int) -> Measured:
+def _means(rounds: Sequence[Mapping[tuple[str, int], float]], rows: int, around: float) -> Measured:
     kinds: defaultdict[str, dict[int, float]] = defaultdict(dict)
     for kind, place in sorted(rounds[0]):
         kinds[kind][place] = statistics.fmean(found[kind, place] for found in rounds)
@@ -220,6 +251,7 @@ def _means(rounds: Sequence[Mapping[tuple[str, int], float]], rows: int) -> Meas
         tuple(kinds["forward"].values()),
         tuple(kinds["backward"].values()),
         tuple(found["pass", 0] for found in rounds),
+        around,
     )
 
 
