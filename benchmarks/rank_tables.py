@@ -1,4 +1,4 @@
-"""The tables of what ``distributed.py`` measured, one or more for each of its parts."""
+"""The tables of runs on several ranks: what ``distributed.py`` measured, part by part, and ``packing.py``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.markdown import interval, machine, rows, word
 
-__all__ = ["distributed"]
+__all__ = ["distributed", "packing"]
 
 
 def distributed(report: dict[str, Any]) -> Iterable[str]:
@@ -17,6 +17,37 @@ def distributed(report: dict[str, Any]) -> Iterable[str]:
         yield ""
         yield machine(part)
         yield ""
+
+
+def packing(report: dict[str, Any]) -> Iterable[str]:
+    """What ``packing.py`` measured."""
+    settings, found = report["settings"], report["comparison"]
+    sides = {side: {run["seed"]: run for run in report["runs"] if run["side"] == side} for side in ("full", "ours")}
+    mode = next(iter(sides["ours"].values()))["mode"]
+    changes = ", ".join(f"`{change}`" for change in settings["overrides"])
+    where = f"Recipe `{settings['recipe']}` ({changes}) on {settings['ranks']} ranks"
+    yield f"{where}, without packing over {mode} packing:\n"
+    names = {"cpu_seconds": "CPU-seconds", "rank_seconds": "rank-seconds", "seconds": "time", "steps": "steps"}
+    yield from rows(
+        ["seed", *names.values(), "steps, without and with", "test accuracy, without", "with", "ranks x rows (sample)"],
+        (
+            [
+                seed,
+                *(f"{found['ratios'][name]['per_seed'][index]:.2f}x" for name in names),
+                f"{sides['full'][seed]['steps']}, {sides['ours'][seed]['steps']}",
+                *(f"{found['accuracy'][side][index]:.1f}" for side in sides),
+                ", ".join(f"{s['ranks']} x {s['rows']} ({s['samples']})" for s in sides["ours"][seed]["stages"]),
+            ]
+            for index, seed in enumerate(sorted(sides["full"].keys() & sides["ours"].keys()))
+        ),
+    )
+    loss = found["loss_points"]
+    low, high = loss["interval_95"]
+    medians = ", ".join(f"{what} {found['ratios'][name]['median']:.2f}x" for name, what in names.items())
+    yield ""
+    yield f"Medians: {medians}. Accuracy lost: {loss['mean']:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}."
+    yield ""
+    yield machine(report)
 
 
 def _agreement(part: dict[str, Any], what: str) -> Iterable[str]:

@@ -17,7 +17,7 @@ if not __package__:  # run as a script: its siblings are found from the root of 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.markdown import interval, machine, rows, word  # noqa: E402
-from benchmarks.rank_tables import distributed  # noqa: E402
+from benchmarks.rank_tables import distributed, packing  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -401,6 +401,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "interlayer": interlayer,
     "memory": memory,
     "memory_time": memory_time,
+    "packing": packing,
     "step_time": step_time,
     "ways": ways,
 }
