@@ -24,7 +24,8 @@ def packing(report: dict[str, Any]) -> Iterable[str]:
     settings, found = report["settings"], report["comparison"]
     sides = {side: {run["seed"]: run for run in report["runs"] if run["side"] == side} for side in ("full", "ours")}
     mode = next(iter(sides["ours"].values()))["mode"]
-    changes = ", ".join(f"`{change}`" for change in settings["overrides"])
+    said = dict(change.split("=", 1) for change in settings["overrides"])  # the last word on a setting counts
+    changes = ", ".join(f"`{name}={value}`" for name, value in said.items())
     where = f"Recipe `{settings['recipe']}` ({changes}) on {settings['ranks']} ranks"
     yield f"{where}, without packing over {mode} packing:\n"
     names = {"cpu_seconds": "CPU-seconds", "rank_seconds": "rank-seconds", "seconds": "time", "steps": "steps"}

@@ -243,24 +243,29 @@ def cached_epochs(*moves: tuple[int, int], epochs: float = 3.0) -> list[float]:
     return [seconds / 100 for seconds in found.epoch_seconds]
 
 
+def check(depth: int) -> float:
+    """Before the first record is read at a depth, a batch of 10 runs: six times below the line, four times above it."""
+    return 10 * (6 * depth + 4 * (BLOCKS - depth)) / 100
+
+
 def test_records_are_read_from_the_next_epoch_on() -> None:
-    assert cached_epochs((0, 3)) == pytest.approx([6.0, 3.0, 3.0])  # 3N - 2k, then 3(N - k)
+    assert cached_epochs((0, 3)) == pytest.approx([6.0, 3.0 + check(3), 3.0])  # 3N - 2k, then 3(N - k)
 
 
 def test_samples_that_came_before_the_move_have_no_record() -> None:
     # Half of the first epoch at depth 0. In the second one half of the samples have a record, in the third all.
-    assert cached_epochs((50, 2)) == pytest.approx([10.0, 7.0, 6.0])
+    assert cached_epochs((50, 2)) == pytest.approx([10.0, 7.0 + check(2), 6.0])
 
 
 def test_records_of_a_lower_line_are_brought_to_the_new_one() -> None:
     # Records of depth 1 save one block; those made of them in the second epoch save all three.
-    assert cached_epochs((0, 1), (100, 3)) == pytest.approx([10.0, 5.0, 3.0])
+    assert cached_epochs((0, 1), (100, 3)) == pytest.approx([10.0, 5.0 + check(3), 3.0])
 
 
 def test_a_thaw_makes_records_useless() -> None:
-    assert cached_epochs((0, 3), (100, 1), (200, 3)) == pytest.approx([6.0, 10.0, 5.0])
+    assert cached_epochs((0, 3), (100, 1), (200, 3)) == pytest.approx([6.0, 10.0, 5.0 + check(3)])
     # Down again within the epoch: the records of the first half are of weights that have trained since.
-    assert cached_epochs((0, 3), (50, 1), (60, 3), epochs=2.0)[1] == pytest.approx(6.0 - 0.4 * 3 - 0.1 * 1)
+    assert cached_epochs((0, 3), (50, 1), (60, 3), epochs=2.0)[1] == pytest.approx(6.0 - 0.4 * 3 - 0.1 * 1 + check(3))
 
 
 # -- bad input ----------------------------------------------------------------------------------------

@@ -207,7 +207,8 @@ def simulate(
         ranks: at the start.
         batch: samples of a rank's micro-batch at the start; a step has ``ranks * batch``.
         packing: one of :data:`PACKINGS`.
-        cache: a sample's prefix is computed once, and its record read for nothing from the next epoch on.
+        cache: a sample's prefix is computed once, and its record read for nothing from the next epoch on; before the
+            first one is read at a depth, a batch is run in several ways and compared.
 
     Raises:
         ConfigError: an unknown packing, a depth that freezes all blocks, or a micro-batch that does not fit.
@@ -215,6 +216,7 @@ def simulate(
     stretches = course.stretches()
     _check(profile, cluster, stretches, ranks, batch, packing)
     stages: list[Stage] = []
+    checked: set[int] = set()
     epochs = [0.0] * (stretches[-1].epoch + 1)
     for number, stretch in enumerate(stretches):
         rows, members = placement(
@@ -223,6 +225,9 @@ def simulate(
         )  # fmt: skip
         skipped = _skipped(profile, stretches, number) if cache else 0.0
         steps, seconds = _steps(profile, cluster, stretch, rows, members, skipped)
+        if skipped and stretch.depth not in checked:
+            checked.add(stretch.depth)
+            seconds += rows * _check_seconds(profile, stretch.depth)
         last = stages[-1] if stages else None
         restart = 0.0
         if last is not None and (last.depth, last.batch, last.ranks) == (stretch.depth, rows, members):
@@ -265,6 +270,18 @@ def _steps(
         for count, rows in sizes
     ]
     return whole + (rest > 0), sum(seconds)
+
+
+def _check_seconds(profile: Profile, depth: int) -> float:
+    """Seconds a sample of what the cache compares before it reads the first record at ``depth``.
+
+    The gates (:mod:`frostline.cache.gates`) run one batch: the prefix twice for itself and twice as trained, the whole
+    model twice, and what is above the line twice.
+    """
+    prefix, above = (
+        sum(part.forward_seconds for part in parts) for parts in (profile.below(depth), profile.above(depth))
+    )
+    return 6 * prefix + 4 * above
 
 
 def _skipped(profile: Profile, stretches: Sequence[Stretch], number: int) -> float:
