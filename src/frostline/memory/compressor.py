@@ -18,7 +18,7 @@ from frostline.memory.attention import attention, recomputed_attention
 from frostline.memory.codebook import coded_activation
 from frostline.memory.levels import Level, level_named
 from frostline.memory.operations import Call, Role, Watch
-from frostline.memory.saved import SMALL, Kept, Ledger, Shelf
+from frostline.memory.saved import Kept, Ledger, Shelf, is_small
 from frostline.trace import unwrap
 
 __all__ = ["Compressor", "compressing"]
@@ -82,7 +82,7 @@ class compressing:
         return nn.functional.silu(x, inplace)
 
     def _is_coded(self, x: Tensor) -> bool:
-        return x.requires_grad and x.numel() >= SMALL and self._innermost()
+        return x.requires_grad and not is_small(x) and self._innermost()
 
     def _innermost(self) -> bool:
         """Whether it is our hooks that act: a checkpointed block must save the same when it runs again."""

@@ -14,10 +14,15 @@ from frostline.memory.layout import contiguous_strides, in_memory_order
 from frostline.memory.levels import Level
 from frostline.memory.operations import Call, Role, role_of
 
-__all__ = ["SMALL", "Kept", "Ledger", "Shelf"]
+__all__ = ["Kept", "Ledger", "Shelf", "is_small"]
 
 # Values below which packing saves less than it costs.
 SMALL = 4096
+
+
+def is_small(tensor: Tensor) -> bool:
+    """Whether packing ``tensor`` would save less than it costs."""
+    return tensor.numel() < SMALL
 
 
 class Kept(Protocol):
@@ -138,7 +143,7 @@ class Shelf:
     # -- inside -------------------------------------------------------------------------------------
 
     def _format(self, saved: Tensor, call: Call | None) -> tuple[Role, Format | None]:
-        if saved.numel() < SMALL or _repeats(saved):
+        if is_small(saved) or _repeats(saved):
             return Role.EXACT, None
         if saved.dtype == torch.bool:
             return Role.NOISE, Bits() if self.level.masks else None
