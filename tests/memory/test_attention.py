@@ -38,7 +38,19 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
         {"dropout_p": 0.3, "attn_mask": (torch.arange(2 * LENGTH) % 7 > 0).view(2, 1, 1, LENGTH)},
         {"dropout_p": 0.3, "attn_mask": torch.zeros(LENGTH, LENGTH, dtype=torch.bool)},
     ],
-    ids=str,
+    ids=[
+        "plain",
+        "causal",
+        "scaled",
+        "mask",
+        "bias",
+        "dropout",
+        "dropout-causal",
+        "dropout-scaled-mask",
+        "dropout-bias",
+        "dropout-padding",
+        "dropout-nothing-seen",
+    ],
 )
 @pytest.mark.parametrize("part", [1, attention._PART], ids=["row by row", "all rows"])
 def test_its_gradients_are_those_of_finite_differences(

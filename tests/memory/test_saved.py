@@ -169,7 +169,9 @@ def test_a_second_derivative_of_recomputed_attention_is_refused() -> None:
         torch.autograd.grad(out.sum(), q, create_graph=True)
 
 
-@pytest.mark.parametrize("function", [F.gelu, F.silu, nn.GELU("tanh"), nn.SiLU()], ids=str)
+@pytest.mark.parametrize(
+    "function", [F.gelu, F.silu, nn.GELU("tanh"), nn.SiLU()], ids=["gelu", "silu", "module-tanh", "module-silu"]
+)
 def test_activations_are_kept_as_codes_of_their_slope(function: Callable[[Tensor], Tensor]) -> None:
     """In any layout; what is handed on is exact. A call that works in place is left as it is."""
     notes = Notes()
