@@ -27,7 +27,7 @@ if not __package__:  # run as a script: its siblings are found from the root of 
 
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments  # noqa: E402
 
-from benchmarks.accuracy import accuracy_loss  # noqa: E402
+from benchmarks.accuracy import accuracy_loss, paired  # noqa: E402
 from benchmarks.reports import RESULTS, made_by, write  # noqa: E402
 from frostline.events import TRAINING_PHASES, read_events  # noqa: E402
 from frostline.launcher import Hosts, launch  # noqa: E402
@@ -115,20 +115,17 @@ def right(run: Path, recipe: Any) -> str:
 
 def compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Without packing over with it, for the seeds that have both, and the loss of accuracy."""
-    sides = {side: {run["seed"]: run for run in runs if run["side"] == side} for side in SIDES}
-    seeds = sorted(sides["full"].keys() & sides["ours"].keys())
+    seeds, sides = paired(runs)
     if not seeds:
         return {}
     ratios = {
-        name: [sides["full"][seed][name] / sides["ours"][seed][name] for seed in seeds]
+        name: [full[name] / ours[name] for full, ours in zip(sides["full"], sides["ours"], strict=True)]
         for name in ("cpu_seconds", "rank_seconds", "seconds", "training_seconds", "steps")
     }
     gaps = []
-    for seed in seeds:
-        there = dict(map(tuple, sides["full"][seed]["losses"]))
-        gaps.append(
-            max((abs(loss - there[at]) for at, loss in sides["ours"][seed]["losses"] if at in there), default=0)
-        )
+    for full, ours in zip(sides["full"], sides["ours"], strict=True):
+        there = dict(map(tuple, full["losses"]))
+        gaps.append(max((abs(loss - there[at]) for at, loss in ours["losses"] if at in there), default=0))
     return {
         "ratios": {name: {"median": float(np.median(found)), "per_seed": found} for name, found in ratios.items()},
         "largest_gap_of_losses": gaps,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from benchmarks.accuracy import paired
 from benchmarks.markdown import interval, machine, rows, word
 
 __all__ = ["distributed", "packing"]
@@ -22,8 +23,8 @@ def distributed(report: dict[str, Any]) -> Iterable[str]:
 def packing(report: dict[str, Any]) -> Iterable[str]:
     """What ``packing.py`` measured."""
     settings, found = report["settings"], report["comparison"]
-    sides = {side: {run["seed"]: run for run in report["runs"] if run["side"] == side} for side in ("full", "ours")}
-    mode = next(iter(sides["ours"].values()))["mode"]
+    seeds, sides = paired(report["runs"])
+    mode = sides["ours"][0]["mode"]
     said = dict(change.split("=", 1) for change in settings["overrides"])  # the last word on a setting counts
     changes = ", ".join(f"`{name}={value}`" for name, value in said.items())
     where = f"Recipe `{settings['recipe']}` ({changes}) on {settings['ranks']} ranks"
@@ -35,11 +36,11 @@ def packing(report: dict[str, Any]) -> Iterable[str]:
             [
                 seed,
                 *(f"{found['ratios'][name]['per_seed'][index]:.2f}x" for name in names),
-                f"{sides['full'][seed]['steps']}, {sides['ours'][seed]['steps']}",
+                f"{sides['full'][index]['steps']}, {sides['ours'][index]['steps']}",
                 *(f"{found['accuracy'][side][index]:.1f}" for side in sides),
-                ", ".join(f"{s['ranks']} x {s['rows']} ({s['samples']})" for s in sides["ours"][seed]["stages"]),
+                ", ".join(f"{s['ranks']} x {s['rows']} ({s['samples']})" for s in sides["ours"][index]["stages"]),
             ]
-            for index, seed in enumerate(sorted(sides["full"].keys() & sides["ours"].keys()))
+            for index, seed in enumerate(seeds)
         ),
     )
     loss = found["loss_points"]

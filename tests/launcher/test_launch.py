@@ -245,6 +245,16 @@ def test_a_step_is_timed_where_the_line_has_come_to(tmp_path: Path, monkeypatch:
         assert [event["samples"] for event in events if event["event"] == "packing"] == looked, name
 
 
+def test_a_worker_leaves_before_libraries_can_abort_it() -> None:
+    code = (
+        "import atexit, ctypes, os; from frostline.launcher import worker; atexit.register(print, 'python has ended');"
+        "abort = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)(lambda *_: os.abort());"
+        "ctypes.CDLL(None).on_exit(abort, None); worker._leave(3)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (3, "python has ended\n"), found.stderr
+
+
 def test_a_recipe_that_packs_is_launched(tmp_path: Path) -> None:
     content = recipe_content(tmp_path, pack={"mode": "efficiency"})
     with pytest.raises(ConfigError, match=r"pack\.mode=efficiency.*frostline launch"):

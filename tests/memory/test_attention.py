@@ -37,6 +37,8 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
         {"dropout_p": 0.3, "attn_mask": torch.linspace(-1, 1, 2 * LENGTH, dtype=torch.float64).view(2, 1, 1, LENGTH)},
         {"dropout_p": 0.3, "attn_mask": (torch.arange(2 * LENGTH) % 7 > 0).view(2, 1, 1, LENGTH)},
         {"dropout_p": 0.3, "attn_mask": torch.zeros(LENGTH, LENGTH, dtype=torch.bool)},
+        {"dropout_p": 0.3, "scale": -0.3},
+        {"dropout_p": 1.0},
     ],
     ids=[
         "plain",
@@ -50,6 +52,8 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
         "dropout-bias",
         "dropout-padding",
         "dropout-nothing-seen",
+        "dropout-negative-scale",
+        "all-dropped",
     ],
 )
 @pytest.mark.parametrize("part", [1, attention._PART], ids=["row by row", "all rows"])

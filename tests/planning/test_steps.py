@@ -100,7 +100,7 @@ def test_time_goes_to_the_block_that_takes_it(workbench: Path) -> None:
     trainer._maybe_log_save_evaluate = lambda *args, **kwargs: (time.sleep(0.02), scheduled(*args, **kwargs))  # type: ignore[method-assign]
     found = measure_steps(trainer, bench_of(trainer, stack), Way())
     slow.remove()
-    assert 0.01 <= found.around < 0.1, "the Trainer's own work, without that of the model"
+    assert 0.02 <= found.around < 0.05, "the Trainer's own work, without that of the model"
     assert (found.rows, found.batches) == (32, 3)
     assert min(found.passes.values()) >= 0.05
     made = found.profile("tiny", without_activations(stack), Way())

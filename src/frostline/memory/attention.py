@@ -12,6 +12,7 @@ Source: prototypes.md B3 ("slimattn"); recomputing attention alone is FlashAtten
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -117,7 +118,7 @@ def _is_unfused(query: Tensor, key: Tensor, asked: dict[str, Any], ambience: _Am
     """Whether attention runs as :func:`_with_noise` does: each product by itself, in the precision of its inputs."""
     return (
         query.device.type == "cpu"
-        and asked["dropout_p"] > 0
+        and 0 < asked["dropout_p"] < 1
         and query.dtype in (torch.float32, torch.float64)
         and query.dim() == 4
         and query.shape[:2] == key.shape[:2]  # else one key serves several heads
@@ -125,7 +126,9 @@ def _is_unfused(query: Tensor, key: Tensor, asked: dict[str, Any], ambience: _Am
     )
 
 
-def _by_parts(inputs: Sequence[Tensor], gradient: Tensor, asked: dict[str, Any], ambience: _Ambience) -> Iterator[Any]:
+def _by_parts(
+    inputs: Sequence[Tensor], gradient: Tensor, asked: dict[str, Any], ambience: _Ambience
+) -> list[Tensor | None]:
     """The gradients of ``inputs`` (query, key, value; ``None`` where none is wanted), some rows of the batch at a time.
 
     Dropout's noise is drawn for all of them at once, as in the forward pass, and kept as one byte each.
@@ -147,15 +150,16 @@ def _by_parts(inputs: Sequence[Tensor], gradient: Tensor, asked: dict[str, Any],
         for whole in found:
             if whole is not None:
                 whole[place] = next(values)
-    return iter(found)
+    return found
 
 
 def _with_noise(inputs: Sequence[Tensor], noise: Tensor, asked: dict[str, Any], place: slice) -> Tensor:
     """Attention of some rows of the batch, with dropout's ``noise``: where it is false, a probability is dropped."""
     query, key, value = inputs
     scale, mask = asked.get("scale"), asked["attn_mask"]
-    root = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5  # of both factors, as torch does it
-    scores = (query * root) @ (key * root).transpose(-2, -1)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    root = abs(scale) ** 0.5  # both factors are scaled, as torch does it
+    scores = (query * math.copysign(root, scale)) @ (key * root).transpose(-2, -1)
     if asked["is_causal"]:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     if mask is not None:

@@ -9,7 +9,6 @@ therefore gives back what was measured.
 
 from __future__ import annotations
 
-import itertools
 import random
 import statistics
 import time
@@ -194,31 +193,33 @@ def measure_steps(trainer: Trainer, bench: Bench, way: Way) -> Measured:
         finally:
             freezer.release()
             model.zero_grad(set_to_none=True)
-    return _means(rounds[1:], len(chosen[0]), _around(trainer, statistics.fmean(found["data", 0] for found in rounds)))
+    return _means(rounds[1:], len(chosen[0]), _around(trainer))
 
 
-def _around(trainer: Trainer, data: float) -> float:
+def _around(trainer: Trainer) -> float:
     """Seconds of the Trainer's own work in a step: it trains some steps in which nothing is computed.
 
-    Args:
-        trainer: will have trained.
-        data: seconds of a micro-batch's rows, which are not its own work.
+    They are counted from where it has a step's rows to where it asks for the next ones. It will have trained.
     """
-    ends: list[float] = []
+    asked: list[float] = []
+    given: list[float] = []
+    fetch = trainer.get_batch_samples
 
-    def nothing(*_: Any, **__: Any) -> torch.Tensor:
-        ends.append(time.perf_counter())
-        return torch.zeros((), device=trainer.args.device)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        asked.append(time.perf_counter())
+        batches = fetch(*args, **kwargs)
+        given.append(time.perf_counter())
+        return batches
 
-    trainer.training_step = nothing  # type: ignore[method-assign]
+    trainer.get_batch_samples = timed  # type: ignore[method-assign]
+    trainer.training_step = lambda *_, **__: torch.zeros((), device=trainer.args.device)  # type: ignore[method-assign]
     for callback in list(trainer.callback_handler.callbacks):
         if not isinstance(callback, DefaultFlowCallback):  # what shows progress, writes files
             trainer.remove_callback(callback)
-    args, micro = trainer.args, trainer.args.gradient_accumulation_steps
+    args = trainer.args
     args.max_steps, args.eval_strategy, args.save_strategy = _BARE + 1, IntervalStrategy.NO, SaveStrategy.NO
     trainer.train()
-    took = [(after - before) for before, after in itertools.pairwise(ends[::micro])]
-    return max(0.0, statistics.median(took) - micro * data)
+    return statistics.median(after - before for before, after in zip(given, asked[1:], strict=False))
 
 
 def _step(

@@ -228,7 +228,7 @@ class Staged:
         cap = int(pack.memory or peaks[0][0])
         if peaks[0][0] > cap:
             raise ConfigError(
-                f"pack.memory={cap}: micro-batches of {first.rows} take {peaks[0][0]} bytes with nothing frozen; "
+                f"pack.memory={cap}: micro-batches of {first.rows} take {peaks[0][0]} bytes in the first stage; "
                 "allow more, or set a smaller training.per_device_train_batch_size"
             )
         # Sizes are timed where only the last block trains: there a larger one fits if it ever does.
