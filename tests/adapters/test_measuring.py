@@ -24,6 +24,9 @@ def test_a_further_row_is_timed_with_the_padding_that_it_brings(tmp_path: Path, 
     make_data(tmp_path / "data")
     recipe = Recipe.model_validate(recipe_content(tmp_path, training={"per_device_train_batch_size": 4}))
     trainer = build_trainer(recipe, prepare(recipe), tmp_path / "checkpoints")
+    # One of four texts is long: batches of four hold one kind only.
+    lengths = [20 if number % 4 == 0 else 2 for number in range(16)]
+    trainer.train_dataset = [{"input_ids": [5] * n, "attention_mask": [1] * n, "labels": 0} for n in lengths]  # type: ignore[assignment]
     model: Any = trainer.model
     stack = BlockStack.find(model)
 
@@ -40,5 +43,5 @@ def test_a_further_row_is_timed_with_the_padding_that_it_brings(tmp_path: Path, 
     rows = [number * len(data) // many for number in range(many)]
     apart = sum(tokens(rows[first :: many // 4]) for first in range(many // 4)) / (many // 4)
     expected = TOKEN * (apart / 4 if many == 4 else (tokens(rows) - apart) / (many - 4))
-    assert found == pytest.approx(expected, rel=0.3)
+    assert found == pytest.approx(expected, rel=0.12)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
