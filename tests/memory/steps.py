@@ -57,19 +57,12 @@ def everything_packs() -> Iterator[None]:
 def packed_roles() -> Iterator[list[str]]:
     """The role of every tensor that is packed, in order, whoever packs."""
     found: list[str] = []
-    pack, roles = saved.Shelf._pack, saved.Shelf._format
-    last = [""]
+    pack = saved.Shelf._packed
 
-    def seen(shelf: saved.Shelf, tensor: Tensor, call: Any) -> Any:
-        role, how = roles(shelf, tensor, call)
-        last[0] = role.name
-        return role, how
-
-    def counted(shelf: saved.Shelf, tensor: Tensor, how: Any) -> Any:
-        found.append(last[0])
-        return pack(shelf, tensor, how)
+    def counted(shelf: saved.Shelf, tensor: Tensor, call: Any, role: Any, how: Any) -> Any:
+        found.append(role.name)
+        return pack(shelf, tensor, call, role, how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saved.Shelf, "_format", seen)
-        patch.setattr(saved.Shelf, "_pack", counted)
+        patch.setattr(saved.Shelf, "_packed", counted)
         yield found

@@ -42,7 +42,7 @@ def batch(rows: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("count", [1, 127, 129, 5000, 128 * 2048 + 77])
+@pytest.mark.parametrize("count", [1, 127, 129, 4112, 5000, 128 * 2048, 128 * 2048 + 77])
 @pytest.mark.parametrize("how", FORMATS, ids=repr)
 def test_a_kernel_does_what_the_host_does(how: Format, count: int, dtype: torch.dtype) -> None:
     values = (3 * torch.randn(count)).to(dtype)

@@ -60,6 +60,40 @@ def test_a_view_of_it_in_another_order_is_packed_with_it() -> None:
     assert torch.allclose(layer.weight.grad[0], x.sum(0) + x.sum(1), rtol=0.02, atol=0.4)
 
 
+def test_what_autocast_casts_for_each_layer_is_packed_once() -> None:
+    layers, notes = linears(3), Notes()
+    x = torch.randn(32, WIDTH)
+    with compressing(layers, "safe", notes), torch.autocast("cpu", torch.bfloat16):
+        total = sum(layer(x).sum() for layer in layers[:2])
+        x.mul_(2.0)
+        total = total + layers[2](x).sum()
+    assert [line[0] for line in notes.lines] == ["linear", "linear"]
+    total.backward()
+    for layer, factor in zip(layers, (0.5, 0.5, 1.0), strict=True):
+        assert torch.allclose(layer.weight.grad[0], factor * x.sum(0), rtol=0.02, atol=0.4)
+
+
+def test_a_weight_that_was_made_is_not_taken_for_the_input() -> None:
+    """It is cast as the input is, and here it has the same shape."""
+    x, weight = (torch.randn(WIDTH, 8, 3, requires_grad=True) for _ in range(2))
+    with compressing(nn.Linear(1, 1), "safe"), torch.autocast("cpu", torch.bfloat16):
+        out = F.conv1d(x * 1.0, weight * 1.0)
+    of_x, of_weight = torch.autograd.grad(out.float().sum(), (x, weight))
+    assert torch.allclose(of_x[0], weight.sum(0), rtol=0.03, atol=0.3)
+    assert torch.allclose(of_weight[0], x.sum(0), rtol=0.03, atol=0.3)
+
+
+def test_a_mask_of_something_else_is_no_noise_of_a_dropout_that_drops_nothing() -> None:
+    probabilities = F.softmax(torch.randn(8, 16, 16, requires_grad=True), -1)
+    value, hidden = torch.randn(8, 16, 16, requires_grad=True), torch.rand(8, 16, 16) < 0.5
+    with compressing(nn.Linear(1, 1), "safe"):
+        given = F.softmax(probabilities, -1)
+        other = given.masked_fill(hidden, 0.0)
+        out = F.dropout(given, 0.0) @ value
+    (gradient,) = torch.autograd.grad(out.sum() + other.sum(), value)
+    assert torch.allclose(gradient, given.sum(1)[:, :, None].expand_as(value), atol=0.02)
+
+
 def test_an_address_that_is_used_again_is_another_tensor() -> None:
     """The temporaries of a loop get the same address over and over; each has its own gradient."""
     layers = linears(40)

@@ -175,14 +175,17 @@ def _leaves(tensors: Iterable[Tensor], wanted: Iterable[bool]) -> list[Tensor]:
 
 
 def _random_state(device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return torch.get_rng_state()
-    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    state: Tensor = _generator(device).get_state()
     return state
 
 
 def _set_random_state(device: torch.device, state: Tensor) -> None:
+    _generator(device).set_state(state)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The one that kernels on ``device`` draw from."""
     if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.get_device_module(device).set_rng_state(state, device)
+        return torch.default_generator
+    generator: torch.Generator = torch.get_device_module(device).default_generators[device.index]
+    return generator

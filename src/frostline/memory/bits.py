@@ -19,9 +19,10 @@ def values_at_a_time(device: torch.device) -> int:
 
 
 def pack_bits(values: Tensor) -> Tensor:
-    """Bytes ``[ceil(n / 8)]`` that say which of ``values`` ``[n]`` are not zero."""
+    """Bytes ``[ceil(n / 8)]`` that say which of ``values``, ``n`` in a contiguous tensor, are not zero."""
     if kernels.usable(values):
         return kernels.pack_bits(values)
+    values = values.view(-1)
     packed = torch.empty(-(-values.numel() // 8), dtype=torch.uint8, device=values.device)
     step = values_at_a_time(values.device)
     for start in range(0, values.numel(), step):

@@ -45,7 +45,7 @@ class compressing:
             replaced[attention] = self._attention
         if level.activation == "code book":
             replaced |= {nn.functional.gelu: self._gelu, nn.functional.silu: self._silu}
-        self._watch = Watch(replaced, self._done)
+        self._watch = Watch(replaced, {"dropout": self._dropped})
 
     def __enter__(self) -> None:
         self._hooks.__enter__()
@@ -59,9 +59,8 @@ class compressing:
     def _pack(self, saved: Tensor) -> Kept:
         return self._shelf.pack(saved, self._watch.call)
 
-    def _done(self, call: Call, out: Any) -> None:
-        if call.name == "dropout":
-            self._shelf.dropped(call.args[0], out, float(call.argument(1, "p", 0.5)))
+    def _dropped(self, call: Call, out: Any) -> None:
+        self._shelf.dropped(call.args[0], out, float(call.argument(1, "p", 0.5)))
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Attention that is computed again in the backward pass, where that is possible and something is won."""
@@ -161,8 +160,10 @@ class Compressor:
 
 
 def _weights(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, some of them twice: module by module, many times faster than torch's way by name."""
-    for module in model.modules():
+    """Parameters and buffers, some of them twice; asked for in every pass, so without torch's names and paths."""
+    found = [model]
+    for module in found:  # grows as it goes
+        found.extend(child for child in module._modules.values() if child is not None)
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 yield tensor

@@ -1,7 +1,7 @@
 """Formats: how the values of a tensor that autograd saves are kept until the backward pass.
 
-A format takes the values of a tensor as one flat line, in the order in which they lie in memory, and gives back a
-few small tensors, its *parts*. It knows nothing of shapes, operations or autograd. Values are worked on in chunks, so
+A format takes the values of a tensor as one line, in the order in which they lie in memory, and gives back a few small
+tensors, its *parts*. It knows nothing of shapes, operations or autograd. Values are worked on in chunks, so
 that packing never needs a second full copy of them, and never changed in place. On a GPU the formats of ours are
 kernels (:mod:`frostline.memory.kernels`).
 
@@ -46,7 +46,7 @@ class Format(ABC):
 
     @abstractmethod
     def pack(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Parts for ``values`` ``[n]``; they share no memory with them."""
+        """Parts for ``values``, ``n`` in a contiguous tensor of any shape; they share no memory with them."""
 
     @abstractmethod
     def unpack(self, parts: tuple[Tensor, ...], count: int, dtype: torch.dtype) -> Tensor:
@@ -67,7 +67,7 @@ class Content(ABC):
 
 
 class Packed(Content):
-    """Values ``[n]`` kept in a format."""
+    """Values, ``n`` in a contiguous tensor of any shape, kept in a format."""
 
     __slots__ = ("count", "dtype", "format", "parts")
 
@@ -130,7 +130,7 @@ class ByRow(Format):
         count, device = -(-values.numel() // GROUP), values.device
         codes = torch.empty(count, GROUP * self.bits // 8, dtype=self.code, device=device)
         scales = torch.empty(count, 1, dtype=torch.bfloat16, device=device) if self.scaled else None
-        for first, rows in _rows(values):
+        for first, rows in _rows(values.view(-1)):
             part = slice(first, first + rows.shape[0])
             found, by = self.encode(rows)
             codes[part] = found if self.bits == 8 else _two_in_a_byte(found)

@@ -46,13 +46,13 @@ def usable(tensor: Tensor) -> bool:
 
 
 def pack_rows(values: Tensor, width: int, top: float, zero: float) -> tuple[Tensor, Tensor]:
-    """Codes ``[r, 128]`` (of 4 bits ``[r, 64]``) and scales ``[r, 1]`` for ``values`` ``[n]``, as ``Rows`` has them."""
+    """Codes ``[r, 128]`` (of 4 bits ``[r, 64]``) and scales ``[r, 1]`` for ``n`` ``values``, as ``Rows`` has them."""
     count = values.numel()
     rows = _parts(count, GROUP)
     codes = torch.empty(rows, GROUP * width // 8, dtype=torch.uint8, device=values.device)
     scales = torch.empty(rows, 1, dtype=torch.bfloat16, device=values.device)
     kernel = _pack_fours if width == 4 else _pack_eights
-    _launch(kernel, _parts(rows, _ROWS_AT_ONCE), values, codes, scales, count, rows, top, zero)
+    _launch(kernel, _parts(rows, _ROWS_AT_ONCE), count, values, codes, scales, rows, top, zero)
     return codes, scales
 
 
@@ -61,16 +61,16 @@ def unpack_rows(codes: Tensor, scales: Tensor, width: int, zero: float, count: i
     values = torch.empty(count, dtype=dtype, device=codes.device)
     rows = codes.shape[0]
     kernel = _unpack_fours if width == 4 else _unpack_eights
-    _launch(kernel, _parts(rows, _ROWS_AT_ONCE), values, codes, scales, count, rows, zero)
+    _launch(kernel, _parts(rows, _ROWS_AT_ONCE), count, values, codes, scales, rows, zero)
     return values
 
 
 def pack_book(values: Tensor, table: Tensor, steps: float) -> Tensor:
-    """Codes of 4 bits ``[r, 64]`` for ``values`` ``[n]``: those of ``table`` ``[PLACES]``, ``steps`` places to 1."""
+    """Codes of 4 bits ``[r, 64]`` for ``n`` ``values``: those of ``table`` ``[PLACES]``, ``steps`` places to 1."""
     count = values.numel()
     rows = _parts(count, GROUP)
     codes = torch.empty(rows, GROUP // 2, dtype=torch.uint8, device=values.device)
-    _launch(_pack_book, _parts(rows, _ROWS_AT_ONCE), values, table, codes, count, rows, steps)
+    _launch(_pack_book, _parts(rows, _ROWS_AT_ONCE), count, values, codes, table, rows, steps)
     return codes
 
 
@@ -78,16 +78,16 @@ def unpack_book(codes: Tensor, levels: Tensor, count: int, dtype: torch.dtype) -
     """``[count]`` values of ``dtype``: the one of ``levels`` ``[16]`` for each code that :func:`pack_book` gave."""
     values = torch.empty(count, dtype=dtype, device=codes.device)
     rows = codes.shape[0]
-    _launch(_unpack_book, _parts(rows, _ROWS_AT_ONCE), values, codes, levels, count, rows)
+    _launch(_unpack_book, _parts(rows, _ROWS_AT_ONCE), count, values, codes, levels, rows)
     return values
 
 
 def pack_bits(values: Tensor) -> Tensor:
-    """Bytes ``[ceil(n / 8)]`` that say which of ``values`` ``[n]`` are not zero, the lowest bit first."""
+    """Bytes ``[ceil(n / 8)]`` that say which of ``n`` ``values`` are not zero, the lowest bit first."""
     count = values.numel()
     packed = torch.empty(_parts(count, 8), dtype=torch.uint8, device=values.device)
     flags = values.view(torch.uint8) if values.dtype == torch.bool else values
-    _launch(_pack_bits, _parts(count, 8 * _BYTES_AT_ONCE), flags, packed, count)
+    _launch(_pack_bits, _parts(count, 8 * _BYTES_AT_ONCE), count, flags, packed)
     return packed
 
 
@@ -95,7 +95,7 @@ def unpack_bits(packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """``count`` values of ``dtype``, 1 (true) or 0, for bytes that :func:`pack_bits` gave."""
     values = torch.empty(count, dtype=dtype, device=packed.device)
     flags = values.view(torch.uint8) if dtype == torch.bool else values
-    _launch(_unpack_bits, _parts(count, 8 * _BYTES_AT_ONCE), flags, packed, count)
+    _launch(_unpack_bits, _parts(count, 8 * _BYTES_AT_ONCE), count, flags, packed)
     return values
 
 
@@ -111,23 +111,30 @@ def _parts(count: int, size: int) -> int:
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def _launch(kernel: Any, programs: int, values: Tensor, *others: Any) -> None:
-    """Run ``kernel`` on ``values`` and what else it is given.
+def _launch(kernel: Any, programs: int, count: int, values: Tensor, *others: Any) -> None:
+    """Run ``kernel`` on ``count`` ``values`` and what else it is given.
 
-    Triton looks at every argument of every call, which takes longer than most of these kernels run. What it compiles
-    hangs on nothing here but the type of ``values`` and whether they lie at a multiple of 16 bytes (the rest is made by
-    the allocator, or does), so it is asked once for each.
+    Triton looks at every argument of every call, and asks the driver about every tensor, which takes longer than most
+    of these kernels run. What it compiles hangs on nothing here but the type of ``values``, whether they lie at a
+    multiple of 16 bytes (the rest is made by the allocator, or does), and whether there are a multiple of 16 (then each
+    thread reads several at a time), so it is asked once for each; after that it is given plain addresses.
     """
-    device = values.device.index
-    key = (id(kernel), device, values.dtype, values.data_ptr() % 16, values.numel() >> 31)
-    known = _compiled.get(key)
+    device = values.get_device()
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _launch(kernel, programs, values, *others)
-    elif known is None:
-        _compiled[key] = kernel[programs, 1, 1](values, *others)
+            return _launch(kernel, programs, count, values, *others)
+    address = values.data_ptr()
+    key = (id(kernel), device, values.dtype, address % 16, count % 16 == 0, count == 1, count >> 31)
+    known = _compiled.get(key)
+    if known is None:
+        _compiled[key] = kernel[programs, 1, 1](count, values, *others)
     else:
-        known[programs, 1, 1](values, *others)
+        given = [other.data_ptr() if isinstance(other, Tensor) else other for other in others]
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        known.run(
+            programs, 1, 1, stream, known.function, known.packed_metadata, None, None, None, count, address, *given
+        )
+    return None
 
 
 if triton is not None:
@@ -136,8 +143,8 @@ if triton is not None:
     _ROWS, _BYTES = tl.constexpr(_ROWS_AT_ONCE), tl.constexpr(_BYTES_AT_ONCE)
     _MIDDLE, _LAST = tl.constexpr(PLACES / 2), tl.constexpr(PLACES - 1)
 
-    # Compiled once for all counts.
-    _kernel = functools.partial(triton.jit, do_not_specialize=["count", "rows"])
+    # Compiled once for all numbers of rows.
+    _kernel = functools.partial(triton.jit, do_not_specialize=["rows"])
 
     @triton.jit
     def _places():
@@ -203,11 +210,11 @@ if triton is not None:
         _write_codes(codes, row, place, rows, _rounded(low * share, zero), _rounded(high * share, zero), FOUR)
 
     @_kernel()
-    def _pack_eights(values, codes, scales, count, rows, top, zero):
+    def _pack_eights(count, values, codes, scales, rows, top, zero):
         _pack_rows(values, codes, scales, count, rows, top, zero, False)
 
     @_kernel()
-    def _pack_fours(values, codes, scales, count, rows, top, zero):
+    def _pack_fours(count, values, codes, scales, rows, top, zero):
         _pack_rows(values, codes, scales, count, rows, top, zero, True)
 
     @triton.jit
@@ -218,11 +225,11 @@ if triton is not None:
         _write(values, row, place, count, (low.to(tl.float32) - zero) * scale, (high.to(tl.float32) - zero) * scale)
 
     @_kernel()
-    def _unpack_eights(values, codes, scales, count, rows, zero):
+    def _unpack_eights(count, values, codes, scales, rows, zero):
         _unpack_rows(values, codes, scales, count, rows, zero, False)
 
     @_kernel()
-    def _unpack_fours(values, codes, scales, count, rows, zero):
+    def _unpack_fours(count, values, codes, scales, rows, zero):
         _unpack_rows(values, codes, scales, count, rows, zero, True)
 
     @triton.jit
@@ -232,14 +239,14 @@ if triton is not None:
         return tl.load(table + (_rounded(places, _MIDDLE) & _LAST)).to(tl.int32)
 
     @_kernel()
-    def _pack_book(values, table, codes, count, rows, steps):
+    def _pack_book(count, values, codes, table, rows, steps):
         row, place = _places()
         low, high = _read(values, row, place, count)
         low, high = _code(low, table, steps), _code(high, table, steps)
         _write_codes(codes, row, place, rows, low, high, True)
 
     @_kernel()
-    def _unpack_book(values, codes, levels, count, rows):
+    def _unpack_book(count, values, codes, levels, rows):
         row, place = _places()
         low, high = _read_codes(codes, row, place, rows, True)
         _write(values, row, place, count, tl.load(levels + low), tl.load(levels + high))
@@ -250,14 +257,14 @@ if triton is not None:
         return (tl.program_id(0).to(tl.int64) * _BYTES + tl.arange(0, _BYTES))[:, None], tl.arange(0, 8)[None, :]
 
     @_kernel()
-    def _pack_bits(values, packed, count):
+    def _pack_bits(count, values, packed):
         byte, bit = _bits()
         at = byte * 8 + bit
         true = (tl.load(values + at, mask=at < count, other=0) != 0).to(tl.int32)
         tl.store(packed + byte, tl.sum(true << bit, axis=1, keep_dims=True).to(tl.uint8), mask=byte * 8 < count)
 
     @_kernel()
-    def _unpack_bits(values, packed, count):
+    def _unpack_bits(count, values, packed):
         byte, bit = _bits()
         at = byte * 8 + bit
         true = (tl.load(packed + byte, mask=byte * 8 < count, other=0).to(tl.int32) >> bit) & 1

@@ -9,15 +9,15 @@ __all__ = ["contiguous_strides", "in_memory_order"]
 
 
 def in_memory_order(tensor: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
-    """The values of ``tensor`` as they lie in memory, and its strides; of one with gaps a copy, and ``None``."""
+    """``tensor`` with its dimensions in the order of memory, so that it is contiguous, and its own strides.
+
+    Of one with gaps a copy, and ``None``.
+    """
     if tensor.is_contiguous():
-        return tensor.view(-1), tensor.stride()
+        return tensor, tensor.stride()
     strides = tensor.stride()
-    order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
-    laid = tensor.permute(order)
-    if laid.is_contiguous():
-        return laid.reshape(-1), tensor.stride()
-    return tensor.reshape(-1), None
+    laid = tensor.permute(sorted(range(tensor.dim()), key=lambda dim: -strides[dim]))
+    return (laid, strides) if laid.is_contiguous() else (tensor.contiguous(), None)
 
 
 def contiguous_strides(shape: torch.Size) -> tuple[int, ...]:

@@ -45,21 +45,18 @@ class Level:
 
     def format_of(self, role: Role, call: Call, saved: Tensor) -> Format | None:
         """How a saved tensor of ``role`` is kept."""
-        match role:
-            case Role.ACTIVATION if self.activation == "code book":
-                return self.elementwise  # of a call that could not be replaced
-            case Role.RESTING_NORM if self.resting_norm == "pruned":
-                return _pruned(call, saved)
-            case Role.NOISE:
-                return Noise() if self.masks else None
-            case Role.SIGN:
-                return Bits() if self.masks else None
+        if role is Role.RESTING_NORM and self.resting_norm == "pruned":
+            return _pruned(call, saved)
         return self._formats.get(role)
 
     @cached_property
     def _formats(self) -> dict[Role, Format]:
         """Of the roles whose format is the same in every call: this is asked for every tensor that is saved."""
         named = {role: getattr(self, role.name.lower(), None) for role in Role}
+        if self.activation == "code book":
+            named[Role.ACTIVATION] = self.elementwise  # of a call that could not be replaced
+        if self.masks:
+            named |= {Role.NOISE: Noise(), Role.SIGN: Bits()}
         return {role: how for role, how in named.items() if isinstance(how, Format)}
 
 

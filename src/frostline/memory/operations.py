@@ -7,6 +7,7 @@ operation that runs and its arguments; together they say which role a saved tens
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Call", "Role", "Watch", "role_of"]
+__all__ = ["Call", "Role", "Watch", "cast_from", "role_of"]
 
 
 class Role(Enum):
     """What a saved tensor is to the operation that saves it."""
+
+    # A key of dictionaries for every tensor that is saved: Enum's own is many times slower.
+    __hash__ = object.__hash__
 
     EXACT = "kept as it is"
     LINEAR = "input of a layer with weights"
@@ -48,34 +52,42 @@ class Call(NamedTuple):
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
 
+# What a saved tensor is to a call, whose first tensor is given as well.
+_Finder = Callable[[Call, Tensor, Tensor], Role]
+
+
 class Watch(TorchFunctionMode):
     """Knows the operation that runs.
 
     Args:
         replaced: what to run in place of an operation, by the function that the model calls.
-        done: told of each call and what came of it.
+        done: by the name of an operation, what is told of each call of it and what came of it.
     """
 
-    def __init__(self, replaced: Mapping[Any, Callable[..., Any]], done: Callable[[Call, Any], None]) -> None:
+    def __init__(
+        self, replaced: Mapping[Any, Callable[..., Any]], done: Mapping[str, Callable[[Call, Any], None]]
+    ) -> None:
         super().__init__()
         self.call: Call | None = None
         self._replaced, self._done = replaced, done
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # Properties (shape, dtype, device) are half of all calls, and save nothing.
         name = getattr(func, "__name__", "")
-        if name == "__get__" or not torch.is_grad_enabled():
+        if name == "__get__" or not torch.is_grad_enabled():  # properties (shape, dtype, device) save nothing
             return func(*args, **kwargs)
-        before, self.call = self.call, Call(_plain(name), args, kwargs)
+        before = self.call
+        self.call = call = Call(_plain(name), args, kwargs)
         try:
             out = self._replaced.get(func, func)(*args, **kwargs)
-            self._done(self.call, out)
+            if call.name in self._done:
+                self._done[call.name](call, out)
         finally:
             self.call = before
         return out
 
 
+@functools.cache
 def _plain(name: str) -> str:
     """``__matmul__``, ``matmul`` and ``matmul_`` are one operation; so are ``mul``, ``__rmul__`` and ``__imul__``."""
     name = name.strip("_")
@@ -94,58 +106,66 @@ _ALIASES = {
     "ipow": "pow",
     "swish": "silu",
 }
-_WEIGHTED = frozenset({"linear", "addmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"})
-# Smooth and bounded in what they read back: a small error stays small. Not division, roots or logarithms.
-_ELEMENTWISE = frozenset(
-    {"mul", "tanh", "sigmoid", "erf", "mish", "elu", "softplus", "hardswish", "hardtanh", "relu6", "leaky_relu"}
-)
-# With the place of the weight among their arguments.
-_NORMS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2}
-# Neighbours in memory belong to several channels or samples, each with a scale of its own.
-_BATCH_NORMS = frozenset({"batch_norm", "instance_norm"})
 
 
 def role_of(call: Call | None, saved: Tensor) -> Role:
     """What ``saved``, a floating tensor that is not a parameter, is to the operation that saves it."""
-    if call is None:
+    if call is None or (found := _ROLES.get(call.name)) is None:
         return Role.EXACT
-    name, first = call.name, call.argument(0, "input")
-    if name == "addmm":
-        first = call.argument(1, "mat1")
-    elif name == "scaled_dot_product_attention":
-        first = call.argument(0, "query")
-    if not isinstance(first, Tensor):
+    first = call.argument(*_FIRST.get(call.name, (0, "input")))
+    return found(call, first, saved) if isinstance(first, Tensor) else Role.EXACT
+
+
+def cast_from(call: Call | None, saved: Tensor, role: Role) -> Tensor | None:
+    """What autocast made ``saved`` of, if it did: it casts an input anew for each layer that reads it."""
+    if call is None or role not in (Role.LINEAR, Role.WIDE):
+        return None
+    first, weight = call.argument(*_FIRST.get(call.name, (0, "input"))), _weight(call)
+    cast = first.dtype != saved.dtype and first.is_contiguous() and saved.is_contiguous()
+    # What is made of a weight (a sum with adapters, say) may look the same.
+    return first if cast and weight.numel() != saved.numel() else None
+
+
+def _weight(call: Call) -> Any:
+    return call.argument(2, "mat2") if call.name == "addmm" else call.argument(1, "weight")
+
+
+def _weighted(call: Call, first: Tensor, saved: Tensor) -> Role:
+    weight = _weight(call)
+    if saved.numel() != first.numel() or _is_cast(saved, weight):
         return Role.EXACT
-    like_first = saved.numel() == first.numel()
-    if name in _WEIGHTED:
-        weight = call.argument(2, "mat2") if name == "addmm" else call.argument(1, "weight")
-        if not like_first or _is_cast(saved, weight):
-            return Role.EXACT
-        return Role.WIDE if name in ("linear", "addmm") and _narrows(first, weight) else Role.LINEAR
-    if name == "matmul":
-        factors = [arg for arg in call.args if isinstance(arg, Tensor)]
-        return Role.EXACT if any(_is_cast(saved, factor) for factor in factors) else Role.MATMUL
-    if name == "scaled_dot_product_attention":
-        given = (first, call.argument(1, "key"), call.argument(2, "value"))
-        return Role.ATTENTION if any(_shares_memory(saved, tensor) for tensor in given) else Role.EXACT
-    if name == "softmax":
-        return Role.PROBABILITIES if like_first else Role.EXACT
-    if name == "dropout":
-        return Role.NOISE if like_first and not _shares_memory(saved, first) else Role.EXACT
-    if name in ("gelu", "silu"):
-        return Role.ACTIVATION if like_first else Role.EXACT
-    if name == "relu":
-        return Role.SIGN if like_first else Role.EXACT
-    if name in _NORMS:
-        weight = call.argument(_NORMS[name], "weight")
-        if not like_first:
-            return Role.EXACT  # mean, deviation
-        return Role.NORM if weight is not None and weight.requires_grad else Role.RESTING_NORM
-    if name in _BATCH_NORMS:
-        return Role.BATCH_NORM if like_first else Role.EXACT
-    if name in _ELEMENTWISE or (name == "pow" and _whole(call.argument(1, "exponent"))):
-        return Role.EXACT if saved.shape[-1] == 1 else Role.ELEMENTWISE  # one deviation a row, say
-    return Role.EXACT
+    return Role.WIDE if call.name in ("linear", "addmm") and _narrows(first, weight) else Role.LINEAR
+
+
+def _matmul(call: Call, first: Tensor, saved: Tensor) -> Role:
+    factors = [arg for arg in call.args if isinstance(arg, Tensor)]
+    return Role.EXACT if any(_is_cast(saved, factor) for factor in factors) else Role.MATMUL
+
+
+def _attention(call: Call, first: Tensor, saved: Tensor) -> Role:
+    given = (first, call.argument(1, "key"), call.argument(2, "value"))
+    return Role.ATTENTION if any(_shares_memory(saved, tensor) for tensor in given) else Role.EXACT
+
+
+def _dropout(call: Call, first: Tensor, saved: Tensor) -> Role:
+    return Role.NOISE if saved.numel() == first.numel() and not _shares_memory(saved, first) else Role.EXACT
+
+
+def _norm(call: Call, first: Tensor, saved: Tensor) -> Role:
+    if saved.numel() != first.numel():
+        return Role.EXACT  # mean, deviation
+    weight = call.argument(2, "weight")
+    return Role.NORM if weight is not None and weight.requires_grad else Role.RESTING_NORM
+
+
+def _elementwise(call: Call, first: Tensor, saved: Tensor) -> Role:
+    if call.name == "pow" and not _whole(call.argument(1, "exponent")):
+        return Role.EXACT
+    return Role.EXACT if saved.shape[-1] == 1 else Role.ELEMENTWISE  # one deviation a row, say
+
+
+def _if_like_the_first(role: Role) -> _Finder:
+    return lambda call, first, saved: role if saved.numel() == first.numel() else Role.EXACT
 
 
 def _is_cast(saved: Tensor, argument: Any) -> bool:
@@ -170,3 +190,28 @@ def _shares_memory(one: Tensor, other: Tensor) -> bool:
 def _whole(exponent: Any) -> bool:
     """Powers of which the derivative is smooth: x ** n for n >= 1."""
     return isinstance(exponent, (int, float)) and exponent >= 1
+
+
+_WEIGHTED = ("linear", "addmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d")
+_NORMS = ("layer_norm", "rms_norm", "group_norm")
+# Neighbours in memory belong to several channels or samples, each with a scale of its own.
+_BATCH_NORMS = ("batch_norm", "instance_norm")
+# Smooth and bounded in what they read back: a small error stays small. Not division, roots or logarithms.
+_ELEMENTWISE = (
+    "mul", "tanh", "sigmoid", "erf", "mish", "elu", "softplus", "hardswish", "hardtanh", "relu6", "leaky_relu", "pow"
+)  # fmt: skip
+# Which argument is meant by the first one, where that is not the one at the front.
+_FIRST = {"addmm": (1, "mat1"), "scaled_dot_product_attention": (0, "query")}
+_ROLES: dict[str, _Finder] = {
+    **dict.fromkeys(_WEIGHTED, _weighted),
+    "matmul": _matmul,
+    "scaled_dot_product_attention": _attention,
+    "softmax": _if_like_the_first(Role.PROBABILITIES),
+    "dropout": _dropout,
+    "gelu": _if_like_the_first(Role.ACTIVATION),
+    "silu": _if_like_the_first(Role.ACTIVATION),
+    "relu": _if_like_the_first(Role.SIGN),
+    **dict.fromkeys(_NORMS, _norm),
+    **dict.fromkeys(_BATCH_NORMS, _if_like_the_first(Role.BATCH_NORM)),
+    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from frostline.memory.formats import Bits, Content, Format, Packed, Product
 from frostline.memory.layout import contiguous_strides, in_memory_order
 from frostline.memory.levels import Level
-from frostline.memory.operations import Call, Role, role_of
+from frostline.memory.operations import Call, Role, cast_from, role_of
 
 __all__ = ["Kept", "Ledger", "Shelf", "is_small"]
 
@@ -44,9 +44,9 @@ class _Raw:
 
     __slots__ = ("tensor", "version")
 
-    def __init__(self, tensor: Tensor, version: int) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         # Not the tensor that was given: where an operation saves its output, that would be a cycle through its node.
-        self.tensor, self.version = tensor.detach(), version
+        self.tensor, self.version = tensor.detach(), tensor._version
 
     def restore(self) -> Tensor:
         if self.tensor._version != self.version:
@@ -69,14 +69,9 @@ class _View:
         return self.content.restore().as_strided(self.shape, self.strides)
 
 
-class _Place(NamedTuple):
-    """Where values lie: a live storage, a stretch of it, and how often it was written."""
-
-    storage: int
-    offset: int
-    values: int
-    dtype: torch.dtype
-    version: int
+# Where values lie: a live storage, the offset in it, how many, of which type, and how often the storage was written.
+_Place = tuple[int, int, int, torch.dtype, int]
+_BITS = Bits()
 
 
 class Shelf:
@@ -96,7 +91,7 @@ class Shelf:
         self._alive: dict[int, StorageWeakRef] = {}
         # Held, so that no number among them is given to another storage.
         self._parameters = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in parameters)}
-        self._contents: dict[_Place, dict[Format, Content]] = {}
+        self._contents: dict[tuple[torch.dtype, Format, _Place], Content] = {}
         self._probabilities: dict[_Place, Content] = {}
         self._products: dict[_Place, Product] = {}
         self._raw: set[int] = set()
@@ -105,30 +100,22 @@ class Shelf:
     def pack(self, saved: Tensor, call: Call | None) -> Kept:
         """Keep ``saved``, which the operation ``call`` needs in the backward pass (``None``: it is not known)."""
         if saved.layout != torch.strided:
-            return _Raw(saved, saved._version)
-        storage = saved.untyped_storage()._cdata
-        if storage in self._parameters:
-            return _Raw(saved, saved._version)
+            return _Raw(saved)
+        storage = saved.untyped_storage()
+        if storage._cdata in self._parameters or storage._cdata in self._raw:
+            return _Raw(saved)
         role, how = self._format(saved, call)
-        if how is None or storage in self._raw:
-            return self._keep(saved, call.name if call is not None else "other", role)
-        self._hold(saved)
-        kept, content, new = self._pack(saved, how)
-        if call is not None and call.name == "dropout":
-            self._noise = content
-        if role is Role.PROBABILITIES:
-            self._probabilities[_place(saved)] = content
-        if new:
-            self._tell(call.name if call is not None else "other", role, content.nbytes)
-        return kept
+        return self._whole(saved, call, role) if how is None else self._packed(saved, call, role, how)
 
     def dropped(self, given: Tensor, out: Tensor, share: float) -> None:
         """Dropout made ``out`` of ``given``: where ``given`` are probabilities that are kept, ``out`` need not be."""
         noise, self._noise = self._noise, None
-        source = self._probabilities.get(_place(given))
-        if noise is None or source is None or not given.is_contiguous() or not out.is_contiguous():
+        if noise is None or not self._probabilities:
             return
-        self._hold(out)
+        source = self._probabilities.get(_place(given))
+        if source is None or not given.is_contiguous() or not out.is_contiguous():
+            return
+        self._hold(out.untyped_storage())
         self._products[_place(out)] = Product(source, noise, 1.0 / (1.0 - share))
 
     def clear(self) -> None:
@@ -146,7 +133,7 @@ class Shelf:
         if is_small(saved) or _repeats(saved):
             return Role.EXACT, None
         if saved.dtype == torch.bool:
-            return Role.NOISE, Bits() if self.level.masks else None
+            return Role.NOISE, _BITS if self.level.masks else None
         if call is None:
             return Role.EXACT, None
         if not saved.is_floating_point():  # codes are packed already
@@ -154,49 +141,53 @@ class Shelf:
         role = role_of(call, saved)
         return role, self.level.format_of(role, call, saved)
 
-    def _pack(self, saved: Tensor, how: Format) -> tuple[Kept, Content, bool]:
-        """The tensor as kept in ``how``, its content, and whether that is new."""
-        values, strides = in_memory_order(saved)
-        place = _place(saved)
-        known = self._contents.setdefault(place, {}) if strides is not None else {}
-        product = self._products.get(place) if strides is not None else None
-        content: Content | None = known.get(how) or product
-        new = content is None
-        if content is None:
-            content = known[how] = Packed(how, values.detach())
-        return _View(content, saved.shape, strides or contiguous_strides(saved.shape)), content, new
+    def _packed(self, saved: Tensor, call: Call | None, role: Role, how: Format) -> Kept:
+        values, strides = in_memory_order(saved.detach())
+        if strides is None:  # with gaps: nobody else has these values
+            content: Content = Packed(how, values)
+            self._tell(call, role, content.nbytes)
+            return _View(content, saved.shape, contiguous_strides(saved.shape))
+        origin = cast_from(call, saved, role)
+        if origin is None:
+            origin = saved
+        place = _place(origin)
+        known: Content | None = self._products.get(place) if self._products else None
+        known = known or self._contents.get((saved.dtype, how, place))
+        if known is None:
+            known = self._contents[saved.dtype, how, place] = Packed(how, values)
+            self._hold(origin.untyped_storage())
+            self._tell(call, role, known.nbytes)
+        if role is Role.NOISE and call is not None and call.name == "dropout":
+            self._noise = known
+        elif role is Role.PROBABILITIES:
+            self._probabilities[place] = known
+        return _View(known, saved.shape, strides)
 
-    def _keep(self, saved: Tensor, operation: str, role: Role) -> Kept:
+    def _whole(self, saved: Tensor, call: Call | None, role: Role) -> Kept:
         """Keep a tensor as it is; a small piece of a large one is copied, so that it does not hold all of it."""
-        storage = saved.untyped_storage()
-        if storage._cdata in self._raw:
-            return _Raw(saved, saved._version)
-        nbytes = saved.numel() * saved.element_size()
-        if self.level.slices and 2 * nbytes < storage.nbytes() and not _repeats(saved):
-            self._tell(operation, role, nbytes)
-            copy = saved.detach().clone()
-            return _Raw(copy, copy._version)
-        self._hold(saved)
+        storage, nbytes = saved.untyped_storage(), saved.numel() * saved.element_size()
+        held = storage.nbytes()
+        if self.level.slices and 2 * nbytes < held and not _repeats(saved):
+            self._tell(call, role, nbytes)
+            return _Raw(saved.detach().clone())
+        self._hold(storage)
         self._raw.add(storage._cdata)
-        self._tell(operation, role, storage.nbytes())
-        return _Raw(saved, saved._version)
+        self._tell(call, role, held)
+        return _Raw(saved)
 
-    def _hold(self, tensor: Tensor) -> int:
-        """The storage of ``tensor``, as a number that no other is given until :meth:`clear`."""
-        storage = tensor.untyped_storage()
-        number: int = storage._cdata
-        if number not in self._alive:
-            self._alive[number] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        return number
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        """Whatever becomes of ``storage``: its number is given to no other until :meth:`clear`."""
+        if storage._cdata not in self._alive:
+            self._alive[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
-    def _tell(self, operation: str, role: Role, nbytes: int) -> None:
+    def _tell(self, call: Call | None, role: Role, nbytes: int) -> None:
         if self._ledger is not None:
-            self._ledger(operation, role, nbytes)
+            self._ledger(call.name if call is not None else "other", role, nbytes)
 
 
 def _place(tensor: Tensor) -> _Place:
     storage = tensor.untyped_storage()._cdata
-    return _Place(storage, int(tensor.storage_offset()), tensor.numel(), tensor.dtype, tensor._version)
+    return storage, int(tensor.storage_offset()), tensor.numel(), tensor.dtype, tensor._version
 
 
 def _repeats(tensor: Tensor) -> bool:
