@@ -2,6 +2,7 @@
 
     python benchmarks/interlayer.py --tasks trec    # one task: at most 40 minutes on two cores
     python benchmarks/interlayer.py                 # all that results/interlayer.json has not yet
+    python benchmarks/interlayer.py --share 0.5     # another share: writes results/interlayer-share-0.5.json
 
 Each side has a learning rate of its own, tuned alike: the one with the best validation accuracy (then the least
 validation loss) among three, by a seed that is not compared; where the best is the highest or the lowest, the next one
@@ -10,6 +11,9 @@ too), and the better one is taken. Then both sides run from the same initial wei
 with a thread each: accuracy is the figure here, not time. The loss (full minus ours, in points) is compared item by
 item on the test split, as accuracy.py does, and pooled with every task counting alike. A run that was cut off goes on
 where it stopped.
+
+With ``--share`` nothing is tuned: the runs of full fine-tuning and the learning rates of both sides are those of
+results/interlayer.json, and ours runs with the share that was given. Its own best rate may do better.
 """
 
 from __future__ import annotations
@@ -62,18 +66,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0..N-1 (default 3)")
     parser.add_argument("--at-once", type=int, default=2, help="runs at a time, a thread each (default 2)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "interlayer.json", help="results file")
+    parser.add_argument("--share", type=float, help="let this share rest, with the learning rates that were found")
+    parser.add_argument("--out", type=Path, help="results file")
     options = parser.parse_args(arguments)
-    report = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"tasks": {}}
+    tuned = RESULTS / "interlayer.json"
+    out = options.out or (tuned if options.share is None else RESULTS / f"interlayer-share-{options.share:g}.json")
+    report = _read(out)
     for name in options.tasks:
-        found = _begun(report["tasks"].get(name), name)
+        earlier = report["tasks"].get(name)
+        if options.share is None:
+            found = _begun(earlier, name)
+        else:
+            found = earlier or _with_share(_read(tuned)["tasks"][name], options.share)
         report["tasks"][name] = found
 
         def save() -> None:
             report["pooled"] = pooled(report["tasks"], options.seeds)
-            write(report, options.out)
+            write(report, out)
 
-        tune(found, name, options.at_once, save)
+        if options.share is None:
+            tune(found, name, options.at_once, save)
         measure(found, name, options.seeds, options.at_once, save)
         print(name, json.dumps({"rates": found["rates"], "shares": found["shares"], **found["comparison"]}))
     print(json.dumps(report["pooled"]))
@@ -96,6 +108,22 @@ def _begun(earlier: dict[str, Any] | None, name: str) -> dict[str, Any]:
         **made_by("interlayer.py", TUNING_SEED, accelerator()),
         "tuning": [],
         "runs": [],
+    }
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"tasks": {}}
+    return found
+
+
+def _with_share(tuned: dict[str, Any], share: float) -> dict[str, Any]:
+    """What is known of a task before ours has run with another share than the one that was tuned."""
+    return {
+        "settings": {**tuned["settings"], "shares": [share], "tuning": None},
+        **made_by("interlayer.py", TUNING_SEED, accelerator()),
+        "rates": tuned["rates"],
+        "shares": {"full": 0.0, "ours": share},
+        "runs": [run for run in tuned["runs"] if run["side"] == "full"],
     }
 
 
