@@ -193,8 +193,8 @@ def build(
     ``autocast``: whether forward passes are in bfloat16.
     """
     torch.manual_seed(seed)
-    model, inputs = _SHAPES[shape](mode, rows, length)
-    model.to(device)
+    with torch.device(device):
+        model, inputs = _SHAPES[shape](mode, rows, length)
     if mode.lora:
         from peft import LoraConfig, get_peft_model
 
@@ -203,7 +203,7 @@ def build(
         model = get_peft_model(model, config)
     if mode.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Training(mode, model, {key: value.to(device) for key, value in inputs.items()}, autocast=autocast)
+    return Training(mode, model.to(device), inputs, autocast=autocast)
 
 
 def _bert(mode: Mode, rows: int, length: int) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -102,6 +102,7 @@ class Frostline:
         self.policy_name, self.policy_options = policy, checked.model_dump()
         self.scaler = scaler
         self.evaluations = self._final_depth = self._changes = 0
+        self._learning_rate: float | None = None
         # A gradient is the mean over a batch: where batches grow, an interval's sum counts it as many times more.
         self._first_batch, self._weight = batch_size, 1.0
         self.seconds = {"statistics": 0.0, "decide": 0.0}
@@ -187,6 +188,8 @@ class Frostline:
         if self._statistics is None:
             return
         start = time.perf_counter()
+        if self.freezer.optimizer is not None:
+            self._learning_rate = max(float(group["lr"]) for group in self.freezer.optimizer.param_groups)
         scaled = self.scaler is not None and self.scaler.is_enabled()
         loss_scale = self.scaler.get_scale() if scaled and not unscaled else 1.0
         self._statistics.before_step(self._weight / loss_scale, check=scaled)
@@ -350,6 +353,7 @@ class Frostline:
             progress=self.samples / self.plan.total_samples,
             depth=self.depth,
             blocks=len(self.stack),
+            learning_rate=self._learning_rate,
             **observed,
         )
         decision, why = self.policy.decide(seen)

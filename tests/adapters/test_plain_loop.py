@@ -66,6 +66,26 @@ def test_steps_that_the_scaler_skips_are_left_out() -> None:
     assert all(math.isfinite(score) for score in seen["scores"].values())
 
 
+def test_a_policy_is_told_the_learning_rate_of_the_step() -> None:
+    """Though the loop's schedule has moved on by the time it is asked."""
+    model = bert()
+    optimizer = torch.optim.SGD([{"params": [p], "lr": RATE} for p in model.parameters()])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / 10)
+    frost = frostline.Frostline(model, optimizer, policy="gradient-norm", **PLAN)
+    rates = []
+    for batch in batches(8):
+        rates.append(schedule.get_last_lr()[0])
+        model(**batch).loss.backward()
+        frost.before_step()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        frost.after_step()
+    seen = [decision["observation"] for decision in decisions(frost.log)]
+    assert seen
+    assert [one["learning_rate"] for one in seen] == [rates[one["step"] - 1] for one in seen]
+
+
 def test_policy_none_installs_nothing() -> None:
     model = bert(dropout=0.1)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -58,13 +58,44 @@ def test_the_order_of_the_first_visits_is_seeded() -> None:
 def test_layers_that_move_least_rest_and_come_back_when_the_others_fall_below_them() -> None:
     policy = build(share=0.7)
     distances = {path: place + 1 for place, path in enumerate(LAYERS)}
-    policy.load_state_dict({"distances": distances, "asked": 0, "depth": 0})
+    policy.load_state_dict({"distances": distances, "rates": {}, "rate": None, "asked": 0, "depth": 0})
     decision = policy.start()
     assert training(decision) == set(LAYERS[-3:])
     # Only what trained is measured; the fourth, resting at 6, is now farther than the last.
     decision = ask(policy, {LAYERS[-1]: 0.5, LAYERS[-2]: 8.0, LAYERS[-3]: 7.0})
     assert training(decision) == {LAYERS[-2], LAYERS[-3], LAYERS[-4]}
     assert policy.distances[LAYERS[-4]] == 6.0
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "resumed"])
+def test_layers_that_first_trained_while_the_rate_was_low_are_not_left_behind(again: bool) -> None:
+    """A warm-up of ten steps; layers move with the rate, and a little less each time that they train."""
+    policy = build(share=0.7)
+    trained = dict.fromkeys(LAYERS, 0)
+    decision = policy.start()
+    for step in range(60):
+        rate = 1e-3 * min(1.0, (step + 1) / 10)
+        changes = {path: rate * 0.99 ** trained[path] for path in training(decision)}
+        for path in changes:
+            trained[path] += 1
+        decision, _ = policy.decide(replace(seen(None), changes=changes, learning_rate=rate))
+        if again:
+            state = json.loads(json.dumps(policy.state_dict()))
+            policy = build(share=0.7)
+            policy.load_state_dict(state)
+    assert min(trained.values()) >= 10, trained
+
+
+def test_a_rate_that_falls_ranks_layers_as_published() -> None:
+    policy, published = build(share=0.7), build(share=0.7)
+    decision = policy.start()
+    published.start()
+    for step in range(60):
+        rate = 1e-3 * (1 - step / 60)
+        changes = {path: rate * (1 + place) for place, path in enumerate(LAYERS) if path in training(decision)}
+        observed = replace(seen(None), changes=changes)
+        decision, _ = policy.decide(replace(observed, learning_rate=rate))
+        assert decision.resting == published.decide(observed)[0].resting
 
 
 def test_a_step_that_was_skipped_changes_nothing() -> None:

@@ -90,7 +90,8 @@ class Observation:
     ``scores`` is the statistic that the policy asked for, per active block (``gradient_sum``: the L1
     norm of the vector sum of that block's gradients over the interval); ``None`` where it asked for none.
     ``changes`` (``weight_change``) is how far the last optimizer step moved each layer that had a gradient, relative
-    to its weights; ``None`` where the step was skipped.
+    to its weights; ``None`` where the step was skipped. ``learning_rate`` is that of the last optimizer step, the
+    largest of the optimizer's groups; ``None`` where there is no optimizer to ask.
     ``interval_steps`` is the number of optimizer steps that the statistic covers.
     """
 
@@ -102,6 +103,7 @@ class Observation:
     scores: Mapping[int, float] | None = None
     interval_steps: int = 0
     changes: Mapping[str, float] | None = None
+    learning_rate: float | None = None
 
     def numbers(self) -> dict[str, Any]:
         out = asdict(self)

@@ -7,7 +7,9 @@ as those that train have fallen below it. What was never trained outranks everyt
 in seeded random order.
 
 Other than in the released code the distance is a ratio of norms (zeros divide nothing), an update that was skipped is
-no update, and the head is not scheduled unless asked for.
+no update, and the head is not scheduled unless asked for. And the learning rate may rise: a distance counts for what it
+would be at today's rate, if that is more than it was. As published, the layers that are visited first, while the rate
+is warming up, would come last until the rate has fallen as low again; without a warm-up nothing is different.
 
 Beyond the paper, a frost line may rise below the layers that take turns (``line``): the blocks under it are frozen,
 cost no backward pass and may be cached, and the share that rests is one of the layers above it. Only schedules can set
@@ -110,6 +112,8 @@ class Interlayer(Policy[InterlayerOptions]):
         shuffled = random.Random(f"{options.seed}").sample(self.layers, len(self.layers))
         self._order = {path: place for place, path in enumerate(shuffled)}
         self.distances: dict[str, float] = {}
+        self._rates: dict[str, float] = {}  # the learning rates at which they were measured
+        self._rate: float | None = None
         self._active: list[str] = []
         self._line: Policy[Any] | None = None
         self._asked = self._depth = 0
@@ -130,6 +134,9 @@ class Interlayer(Policy[InterlayerOptions]):
             for path in trained:
                 # A layer that is not used (an expert without tokens) counts as visited, and keeps what it had.
                 self.distances[path] = seen.changes.get(path, self.distances.get(path, 0.0))
+                if path in seen.changes and seen.learning_rate is not None:
+                    self._rates[path] = seen.learning_rate
+            self._rate = seen.learning_rate
         decision = self._next(self._depth_after(seen))
         above = self._above()
         return decision, Explained(
@@ -140,11 +147,12 @@ class Interlayer(Policy[InterlayerOptions]):
     def heaviest(self, sizes: Mapping[str, int]) -> Decision:
         """Those layers train that take most; the lowest too, down to which the others have to keep what they need."""
         distances, self.distances = self.distances, {path: float(sizes[path]) for path in self.layers}
+        rate, self._rate = self._rate, None
         if not self.options.biases:
             self._next(self._line.start().depth if self._line is not None else 0)
             self.distances[self._above()[0]] = math.inf
         decision = self.start()
-        self.distances = distances
+        self.distances, self._rate = distances, rate
         return decision
 
     @property
@@ -178,7 +186,12 @@ class Interlayer(Policy[InterlayerOptions]):
 
     def _rank(self, path: str) -> tuple[bool, float, int]:
         """What moved least comes first, what was never trained last; the seeded order settles ties."""
-        return path not in self.distances, self.distances.get(path, 0.0), self._order[path]
+        return path not in self.distances, self.distances.get(path, 0.0) * self._risen(path), self._order[path]
+
+    def _risen(self, path: str) -> float:
+        """How many times larger the learning rate is than when the layer last trained; at least 1."""
+        then = self._rates.get(path)
+        return max(1.0, self._rate / then) if then and self._rate is not None else 1.0
 
     def _biases(self, resting: set[str]) -> set[str]:
         """The biases that stand beside resting weights."""
@@ -186,10 +199,18 @@ class Interlayer(Policy[InterlayerOptions]):
         return {path for path in self.plan.bias_paths if path.rpartition(".")[0] in owners}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"distances": dict(self.distances), "asked": self._asked, "depth": self._depth}
+        return {
+            "distances": dict(self.distances),
+            "rates": dict(self._rates),
+            "rate": self._rate,
+            "asked": self._asked,
+            "depth": self._depth,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.distances = {str(path): float(distance) for path, distance in state["distances"].items()}
+        self._rates = {str(path): float(rate) for path, rate in state["rates"].items()}
+        self._rate = state["rate"]
         self._asked = int(state["asked"])
         self._next(int(state["depth"]))
 
