@@ -8,8 +8,9 @@ in seeded random order.
 
 Other than in the released code the distance is a ratio of norms (zeros divide nothing), an update that was skipped is
 no update, and the head is not scheduled unless asked for. And the learning rate may rise: a distance counts for what it
-would be at today's rate, if that is more than it was. As published, the layers that are visited first, while the rate
-is warming up, would come last until the rate has fallen as low again; without a warm-up nothing is different.
+would be at today's rate, if that is more than it was. As published, the layers that are visited first would come last
+because the rate was still warming up (minilm on trec, AdamW, 25 of 250 steps: some trained a fifth as often). Without a
+warm-up nothing is different.
 
 Beyond the paper, a frost line may rise below the layers that take turns (``line``): the blocks under it are frozen,
 cost no backward pass and may be cached, and the share that rests is one of the layers above it. Only schedules can set
