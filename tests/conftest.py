@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
@@ -21,6 +21,12 @@ logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
 
 
 MEASURED = Cost.numbers
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only tests that ask for a GPU (``-m gpu``) are shown one: the others are of what every machine has."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(autouse=True)
