@@ -12,14 +12,15 @@ with a thread each: accuracy is the figure here, not time. The loss (full minus 
 item on the test split, as accuracy.py does, and pooled with every task counting alike. A run that was cut off goes on
 where it stopped.
 
-With ``--share`` nothing is tuned: the runs of full fine-tuning and the learning rates of both sides are those of
-results/interlayer.json, and ours runs with the share that was given. Its own best rate may do better.
+With ``--share`` nothing is tuned: the runs of full fine-tuning are those of results/interlayer.json, and ours runs with
+the share that was given, at the geometric mean of the two rates that were found there. Its own best may do better.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -118,10 +119,12 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _with_share(tuned: dict[str, Any], share: float) -> dict[str, Any]:
     """What is known of a task before ours has run with another share than the one that was tuned."""
+    between = math.sqrt(tuned["rates"]["full"] * tuned["rates"]["ours"])
     return {
         "settings": {**tuned["settings"], "shares": [share], "tuning": None},
         **made_by("interlayer.py", TUNING_SEED, accelerator()),
-        "rates": tuned["rates"],
+        "rates": {"full": tuned["rates"]["full"], "ours": float(f"{between:.3g}")},
+        "at_the_end": tuned["at_the_end"],
         "shares": {"full": 0.0, "ours": share},
         "runs": [run for run in tuned["runs"] if run["side"] == "full"],
     }

@@ -313,7 +313,8 @@ def interlayer(report: dict[str, Any]) -> Iterable[str]:
     )
     yield ""
     last = list(tasks.values())[-1]
-    yield machine({**last, "command": "python benchmarks/interlayer.py"})
+    share = "" if last["settings"]["tuning"] else f" --share {last['shares']['ours']:g}"
+    yield machine({**last, "command": f"python benchmarks/interlayer.py{share}"})
 
 
 def drift(report: dict[str, Any]) -> Iterable[str]:
