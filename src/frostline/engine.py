@@ -27,7 +27,7 @@ from frostline.memory import Compressor, MemorySetting, memory_options
 from frostline.policies.base import Decision, Explained, Observation
 from frostline.policies.registry import create, validate
 from frostline.state import fingerprint, load_state, save_state
-from frostline.statistics import Measurements
+from frostline.statistics import Measurements, learning_rate
 from frostline.summary import Summary
 
 __all__ = ["Frostline"]
@@ -188,8 +188,7 @@ class Frostline:
         if self._statistics is None:
             return
         start = time.perf_counter()
-        if self.freezer.optimizer is not None:
-            self._learning_rate = max(float(group["lr"]) for group in self.freezer.optimizer.param_groups)
+        self._learning_rate = learning_rate(self.freezer.optimizer)
         scaled = self.scaler is not None and self.scaler.is_enabled()
         loss_scale = self.scaler.get_scale() if scaled and not unscaled else 1.0
         self._statistics.before_step(self._weight / loss_scale, check=scaled)

@@ -15,7 +15,7 @@ from torch import nn
 from frostline.distributed.shards import local, parts_again, total, whole
 from frostline.errors import ResumeError
 
-__all__ = ["GradientSum", "Measurements", "WeightChange"]
+__all__ = ["GradientSum", "Measurements", "WeightChange", "learning_rate"]
 
 
 class GradientSum:
@@ -153,6 +153,12 @@ def _norms(tensors: Sequence[torch.Tensor]) -> list[float]:
         return []
     wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     return torch.stack(torch._foreach_norm(list(tensors), 1, dtype=wide)).tolist()
+
+
+def learning_rate(optimizer: torch.optim.Optimizer | None) -> float | None:
+    """The largest of the optimizer's groups; ``None`` where it has none (Adafactor may find its own)."""
+    groups = optimizer.param_groups if optimizer is not None else []
+    return max((float(group["lr"]) for group in groups if group.get("lr") is not None), default=None)
 
 
 class Measurements:

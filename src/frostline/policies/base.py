@@ -91,7 +91,7 @@ class Observation:
     norm of the vector sum of that block's gradients over the interval); ``None`` where it asked for none.
     ``changes`` (``weight_change``) is how far the last optimizer step moved each layer that had a gradient, relative
     to its weights; ``None`` where the step was skipped. ``learning_rate`` is that of the last optimizer step, the
-    largest of the optimizer's groups; ``None`` where there is no optimizer to ask.
+    largest of the optimizer's groups; ``None`` where no optimizer knows it.
     ``interval_steps`` is the number of optimizer steps that the statistic covers.
     """
 
