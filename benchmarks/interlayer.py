@@ -74,11 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or (tuned if options.share is None else RESULTS / f"interlayer-share-{options.share:g}.json")
     report = _read(out)
     for name in options.tasks:
+        fresh = _fresh(name) if options.share is None else _with_share(_read(tuned)["tasks"][name], options.share)
         earlier = report["tasks"].get(name)
-        if options.share is None:
-            found = _begun(earlier, name)
-        else:
-            found = earlier or _with_share(_read(tuned)["tasks"][name], options.share)
+        found = earlier if earlier is not None and earlier["settings"] == fresh["settings"] else fresh
         report["tasks"][name] = found
 
         def save() -> None:
@@ -93,8 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _begun(earlier: dict[str, Any] | None, name: str) -> dict[str, Any]:
-    """What there is of a task, if it was made as it would be now."""
+def _fresh(name: str) -> dict[str, Any]:
+    """A task of which nothing has run. What there is of it counts if it was made as it would be now."""
     settings = {
         "overrides": [*TASKS[name], *BOTH],
         "changes": CHANGES,
@@ -102,8 +100,6 @@ def _begun(earlier: dict[str, Any] | None, name: str) -> dict[str, Any]:
         "shares": list(SHARES["ours"]),
         "tuning": [TUNING_SEED, MOST_BEYOND],
     }
-    if earlier is not None and earlier["settings"] == settings:
-        return earlier
     return {
         "settings": settings,
         **made_by("interlayer.py", TUNING_SEED, accelerator()),

@@ -112,7 +112,7 @@ def role_of(call: Call | None, saved: Tensor) -> Role:
     """What ``saved``, a floating tensor that is not a parameter, is to the operation that saves it."""
     if call is None or (found := _ROLES.get(call.name)) is None:
         return Role.EXACT
-    first = call.argument(*_FIRST.get(call.name, (0, "input")))
+    first = _first(call)
     return found(call, first, saved) if isinstance(first, Tensor) else Role.EXACT
 
 
@@ -120,10 +120,14 @@ def cast_from(call: Call | None, saved: Tensor, role: Role) -> Tensor | None:
     """What autocast made ``saved`` of, if it did: it casts an input anew for each layer that reads it."""
     if call is None or role not in (Role.LINEAR, Role.WIDE):
         return None
-    first, weight = call.argument(*_FIRST.get(call.name, (0, "input"))), _weight(call)
+    first, weight = _first(call), _weight(call)
     cast = first.dtype != saved.dtype and first.is_contiguous() and saved.is_contiguous()
     # What is made of a weight (a sum with adapters, say) may look the same.
     return first if cast and weight.numel() != saved.numel() else None
+
+
+def _first(call: Call) -> Any:
+    return call.argument(*_FIRST.get(call.name, (0, "input")))
 
 
 def _weight(call: Call) -> Any:
