@@ -8,7 +8,8 @@ memory  Each mode in a process of its own. ``saved``: bytes that autograd keeps,
         ``peak``: the most bytes alive at any moment of a whole step, weights, moments, gradients and temporaries
         included, counted by storages. ``resident``: the same as the operating system sees it. On a GPU
         ``peak`` is what its allocator reports. Where layers take turns, all three are those of the turn that takes most
-        (the embedding trains, and the layers with the widest inputs), and ``usual`` is the peak of a turn as they come.
+        (the embedding trains, and the layers with the widest inputs); ``usual`` and ``usual_saved`` are of a turn as
+        they come.
 time    A step of each compressed mode against the same mode uncompressed, in turn in one process. Target: at most
         1.30 on a CPU, 1.15 on a GPU.
 """
@@ -35,7 +36,7 @@ if not __package__:  # run as a script: its siblings are found from the root of 
 from benchmarks.modes import MODES, Mode, Training, build  # noqa: E402
 from benchmarks.reports import RESULTS, made_by, write  # noqa: E402
 from benchmarks.timing import paired_ratio, seconds_per_call, spread  # noqa: E402
-from frostline.memory import LiveBytes, footprint  # noqa: E402
+from frostline.memory import Footprint, LiveBytes, footprint  # noqa: E402
 
 TARGET = {"cpu": 1.30, "cuda": 1.15}
 # Modes that are timed against themselves without compression.
@@ -149,15 +150,13 @@ def measure_memory(mode: Mode, options: argparse.Namespace) -> tuple[dict[str, A
     before = _resident() if not options.device.startswith("cuda") else 0
     training = build_as(mode, options)
     training.settle(options.seed)
-    usual = _peak(training, options.device)[0] if mode.resting else None
+    usual = {"usual": None, "usual_saved": None}
+    if mode.resting:
+        usual = {"usual": _peak(training, options.device)[0], "usual_saved": _kept(training).total}
     training.take_the_heaviest_turn()
     peak, resident = _peak(training, options.device)
     training.take_the_heaviest_turn()
-    if training.compressor is not None:
-        training.compressor.detach()
-    with training.precision:
-        kept = footprint(training.model, training.stack.blocks, ((), training.parts[0]), mode.level)
-    training.compress()
+    kept = _kept(training)
     found = {
         "mode": mode.name,
         "level": mode.level,
@@ -169,10 +168,20 @@ def measure_memory(mode: Mode, options: argparse.Namespace) -> tuple[dict[str, A
         "saved": kept.total,
         "saved_by_operation": kept.by_operation(),
         "peak": peak,
-        "usual": usual,
+        **usual,
         "resident": resident - before,
     }  # fmt: skip
     return found, training
+
+
+def _kept(training: Training) -> Footprint:
+    """What autograd keeps of a pass, with those layers training that are to train next."""
+    if training.compressor is not None:
+        training.compressor.detach()
+    with training.precision:
+        kept = footprint(training.model, training.stack.blocks, ((), training.parts[0]), training.mode.level)
+    training.compress()
+    return kept
 
 
 def build_as(mode: Mode, options: argparse.Namespace) -> Training:

@@ -14,7 +14,7 @@ from benchmarks.steps import adamw
 from frostline import BlockStack, Frostline
 from frostline.memory import Compressor
 
-__all__ = ["MODES", "RESTING", "Mode", "Training", "build"]
+__all__ = ["MODES", "Mode", "Training", "build"]
 
 # SlimFit's F: of BERT-base's 102 schedulable tensors 91 rest at a step.
 RESTING = 0.9
@@ -66,6 +66,7 @@ _LORA = Mode("LoRA r=8", lora=True)
 _PREFIX = Mode("half frozen", frozen=0.5)
 _CACHED = Mode("half frozen, cached", frozen=0.5, cached=True)
 _RESTING = Mode("resting 0.9", resting=RESTING)
+_UNASKED = Mode("resting 0.5", resting=0.5)  # what policy ``interlayer`` takes unasked
 _ACTIVE = Mode("resting 0.9, moments of active layers", resting=RESTING, moments="active")
 
 MODES: dict[str, Mode] = {
@@ -80,9 +81,11 @@ MODES: dict[str, Mode] = {
         _CACHED,
         _RESTING,
         _ACTIVE,
+        _UNASKED,
         *(_FULL.compressed(level) for level in ("safe", "slimfit", "max")),
         *(_RESTING.compressed(level) for level in ("safe", "slimfit", "published", "max")),
         *(_ACTIVE.compressed(level) for level in ("slimfit", "max")),
+        _UNASKED.compressed("slimfit"),
         *(_PREFIX.compressed(level) for level in ("slimfit", "max")),
         *(_LORA.compressed(level) for level in ("slimfit", "max")),
     )

@@ -187,12 +187,13 @@ def memory(report: dict[str, Any]) -> Iterable[str]:
     plain = modes.get("full, eager attention") or modes["full"]
     yield f"Memory of a training step, {report['shape']}-base, {size}, {_precision(report)}, AdamW, MB:\n"
     yield from rows(
-        ["way", "saved for backward", "smaller", "peak of the step", "smaller", "usual turn", "resident"],
+        ["way", "saved for backward", "smaller", "usual turn", "peak of the step", "smaller", "usual turn", "resident"],
         (
             [
                 name,
                 f"{mode['saved'] / 1e6:,.0f}",
                 f"{plain['saved'] / mode['saved']:.1f}x",
+                f"{mode['usual_saved'] / 1e6:,.0f}" if mode.get("usual_saved") else "-",
                 f"{mode['peak'] / 1e6:,.0f}",
                 f"{plain['peak'] / mode['peak']:.2f}x",
                 f"{mode['usual'] / 1e6:,.0f}" if mode["usual"] else "-",
