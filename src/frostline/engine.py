@@ -23,7 +23,7 @@ from frostline.errors import ConfigError, ModelError, ResumeError
 from frostline.events import EventLog
 from frostline.freezer import Freezer
 from frostline.journal import Journal
-from frostline.memory import Compressor, MemorySetting, memory_options
+from frostline.memory import NO_BUDGET, Compressor, MemorySetting, memory_options, refuse_compiled
 from frostline.policies.base import Decision, Explained, Observation
 from frostline.policies.registry import create, validate
 from frostline.state import fingerprint, load_state, save_state
@@ -38,6 +38,10 @@ COMPILED_DEPTH_CHANGES = 6
 NOT_CACHED_COMPILED = (
     "compiled in place, or around DistributedDataParallel: boundary activations are not cached; "
     "use model = torch.compile(model)"
+)
+NOT_COMPRESSED = (
+    "a step has come to its end, and no training pass of the model was seen: nothing is compressed; does the loop call "
+    "the module that Frostline was given?"
 )
 
 
@@ -90,11 +94,10 @@ class Frostline:
     ) -> None:
         caching, saving = cache_options(cache), memory_options(memory)
         if saving.budget is not None:
-            raise ConfigError(
-                "memory.budget fits the batches of a Trainer; in a loop of your own frostline.memory.plan_memory says "
-                "what fits, and memory.level sets it"
-            )
+            raise ConfigError(NO_BUDGET)
         level = saving.level
+        if level != "off":
+            refuse_compiled(model)
         checked = validate(policy, options)
         self.clock = Clock(steps_per_epoch, epochs, batch_size, samples_per_epoch, sized=sized)
         self.log = events if isinstance(events, EventLog) else EventLog(events)
@@ -118,7 +121,8 @@ class Frostline:
         self._cached: dict[str, Any] | None = None
         self._compressor: Compressor | None = None
         if not self._active:
-            self._compressor = Compressor(model, level) if level != "off" else None
+            if level != "off":
+                self._compressor = Compressor(model, level, entries=_entries(model, blocks))
             return
         compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
         self._max_changes = COMPILED_DEPTH_CHANGES if max_depth_changes is None and compiled else max_depth_changes
@@ -197,6 +201,8 @@ class Frostline:
     def after_step(self) -> None:
         """Count the step and, where an interval ends, decide: call after ``optimizer.step()``."""
         self.clock.step += 1
+        if self._compressor is not None and not self._compressor.kept:
+            self.limit("memory", NOT_COMPRESSED)
         if self._statistics is not None:
             start = time.perf_counter()
             self._statistics.after_step()
@@ -272,6 +278,7 @@ class Frostline:
             "seconds": self.seconds,
             **self.journal.state(),
             "cache": self.cache.state_dict() if self.cache is not None else None,
+            "kept": self._compressor.kept if self._compressor is not None else None,
         }
         # After finish() the sums are gone: who continues from there starts a new interval.
         state.update(self._freezing_state() if self._active else self._parting)
@@ -306,6 +313,8 @@ class Frostline:
         self.evaluations = state["evaluations"]
         self._changes, self.seconds = state["changes"], dict(state["seconds"])
         self.journal.load(state)
+        if self._compressor is not None:
+            self._compressor.kept = max(self._compressor.kept, state.get("kept") or 0)
         if self.cache is not None and state.get("cache"):
             self.cache.load_state_dict(state["cache"])
         if self._active:
@@ -416,9 +425,8 @@ class Frostline:
         decision, optimizer, upkeep = self.freezer.decision, self.freezer.optimizer, self.freezer.upkeep
         self.freezer.release()
         self.stack = BlockStack.find(model, self._blocks_path, (args, kwargs))
-        self.plan = self.policy.plan = plan_for(
-            self.stack, self.plan.samples_per_step, self.plan.samples_per_epoch, self.plan.epochs
-        )
+        self.plan = plan_for(self.stack, self.plan.samples_per_step, self.plan.samples_per_epoch, self.plan.epochs)
+        decision = self.policy.replan(self.plan, decision)
         self.freezer = Freezer(self.stack, optimizer, self.policy.moments, upkeep)
         before = self._statistics
         self._measure()
@@ -433,3 +441,11 @@ class Frostline:
 
     def _policy_numbers(self) -> dict[str, Any]:
         return {"name": self.policy_name, "options": self.policy_options}
+
+
+def _entries(model: nn.Module, blocks: str | None) -> list[nn.Module]:
+    """Modules that a loop may call in place of ``model``; none where it has no stack of blocks."""
+    try:
+        return BlockStack.find(model, blocks).ancestors()
+    except ModelError:
+        return []

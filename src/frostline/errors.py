@@ -63,5 +63,5 @@ def validation_message(error: Any, kind: str, known: Iterable[str]) -> str:
         if fault["type"] == "extra_forbidden":
             faults.append(choices_message(f"option of {kind}", where, known))
         else:
-            faults.append(f"{kind}, {where}={fault['input']!r}: {message}" if where else f"{kind}, {message}")
+            faults.append(f"{kind}, {where}={fault['input']!r}: {message}" if where else f"{kind}: {message}")
     return "; ".join(faults)

@@ -152,7 +152,8 @@ def _norms(tensors: Sequence[torch.Tensor]) -> list[float]:
     if not tensors:
         return []
     wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-    return torch.stack(torch._foreach_norm(list(tensors), 1, dtype=wide)).tolist()
+    norms = torch._foreach_norm(list(tensors), 1, dtype=wide)
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()  # a model may lie on several devices
 
 
 def learning_rate(optimizer: torch.optim.Optimizer | None) -> float | None:

@@ -187,7 +187,9 @@ def test_detach_leaves_other_peoples_wrappers(tmp_path: Path) -> None:
         ({"policy": "static"}, ["depth", "fraction"]),
         ({"policy": "static", "depth": 1, "fraction": 0.5}, ["not both"]),
         ({"policy": "static", "depth": -1}, ["depth=-1"]),
-        ({"policy": "none", "depth": 1}, ["'depth'"]),
+        ({"policy": "none", "depth": 1}, ["'depth'", "'depth' is an option of policy 'static'"]),
+        ({"memroy": "max"}, ["'memroy': did you mean 'memory'?", "max_depth_changes", "percentile"]),
+        ({"memory": True}, ["memory: must be a level", "not True"]),
         ({"cache": "gpu"}, ["unknown cache mode 'gpu'", "auto, disk, memory, off"]),
     ],
 )

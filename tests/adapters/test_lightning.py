@@ -252,6 +252,8 @@ def test_policy_none_is_bit_identical(tmp_path: Path) -> None:
         ({"percentile": 101}, "percentile=101"),
         ({"percentil": 50}, "did you mean 'percentile'"),
         ({"cache": "gpu"}, "unknown cache mode 'gpu'"),
+        ({"memory": {"budget": "1GiB"}}, "needs a Hugging Face Trainer or a recipe; here set memory='slimfit'"),
+        ({"memroy": "max"}, "did you mean 'memory'"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

@@ -33,7 +33,12 @@ def test_help_is_quick_and_teaches() -> None:
     code = "import sys, frostline.cli as c; print([m for m in ('transformers', 'datasets') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
-    for arguments, example in ((["--help"], "frostline run trec-demo"), (["run", "--help"], "freeze.percentile=75")):
+    for arguments, example in (
+        (["--help"], "frostline run trec-demo"),
+        (["run", "--help"], "freeze.percentile=75"),
+        (["run", "--help"], "interlayer (SlimFit)"),
+        (["run", "--help"], "freeze.policy=interlayer memory.level=slimfit"),
+    ):
         code_, out, _ = invoke(*arguments)
         assert code_ == 0
         assert example in out

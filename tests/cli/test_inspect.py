@@ -68,6 +68,18 @@ def test_memory_by_level_part_and_operation(workbench: Path) -> None:
     assert sums["off"] == sum(part["saved_bytes"] for part in found["parts"])
 
 
+def test_in_a_narrow_terminal_numbers_keep_their_units(workbench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = invoke("inspect", workbench / "model", "--batch", "32", "--length", "16", "--memory")
+    assert code == 0
+    table = out[out.index("kept by part") : out.index("smaller by")].splitlines()
+    assert all(len(line) <= 80 for line in table)
+    assert "…" not in "".join(table)
+    rows = [line.split() for line in table if line.rstrip().endswith(("bytes", "kB", "MB"))]
+    assert len(rows) > 10
+    assert all(set(row[-9::2]) <= {"bytes", "kB", "MB"} for row in rows), "five sizes, each with its unit"
+
+
 def test_models_that_are_not_for_text_and_decoders_load_too(tmp_path: Path) -> None:
     size = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
     ViTForImageClassification(ViTConfig(image_size=32, patch_size=16, **size)).save_pretrained(tmp_path / "vit")

@@ -73,3 +73,34 @@ def test_its_gradients_are_those_of_finite_differences(
 def test_so_are_they_where_only_some_inputs_train(trains: tuple[bool, ...]) -> None:
     given = [tensor.detach().requires_grad_(train) for tensor, train in zip(inputs(), trains, strict=True)]
     assert torch.autograd.gradcheck(recomputed_attention, given)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_mask_that_is_written_before_the_backward_pass_is_an_error(dropout: float) -> None:
+    """It is read again there; one that is used for the next layer would silently give wrong gradients."""
+    query, key, value = inputs()
+    mask = torch.zeros(LENGTH, LENGTH, dtype=torch.float64)
+    out = recomputed_attention(query, key, value, attn_mask=mask, dropout_p=dropout).sum()
+    mask.fill_(-1e9).fill_diagonal_(0.0)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        out.backward()
+
+
+@pytest.mark.parametrize("part", [1, attention._PART], ids=["row by row", "all rows"])
+def test_keys_that_all_rows_share(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_PART", part)
+    query, key, value = inputs()
+    shared = [query, key, value[:1].detach().requires_grad_()]
+    found = []
+    for attend in (attention.attention, recomputed_attention):
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad((attend(*shared, dropout_p=0.3) ** 2).sum(), shared))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other)
+
+
+def test_a_batch_without_rows() -> None:
+    query, key, value = (tensor[:0].detach().requires_grad_() for tensor in inputs())
+    recomputed_attention(query, key, value, dropout_p=0.3).sum().backward()
+    assert query.grad is not None
+    assert query.grad.shape == query.shape

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from frostline.memory.codebook import FUNCTIONS, CodeBook
-from frostline.memory.formats import Bits, FixedPoint, Format, Noise, Packed, Product, Pruned, Rows
+from frostline.memory.formats import Bits, FixedPoint, Format, Noise, Packed, Product, Pruned, Rows, Sides
 
 COUNTS = [1, 127, 128, 129, 5000, 128 * 2048 + 77]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 everyone = pytest.mark.parametrize(
     "how",
-    [Rows(8), Rows(4), Rows(8, False), FixedPoint(3, 4), FixedPoint(2, 1), Bits(), Noise(), *map(CodeBook, FUNCTIONS)],
+    [
+        Rows(8),
+        Rows(4),
+        Rows(8, False),
+        FixedPoint(3, 4),
+        FixedPoint(2, 1),
+        Bits(),
+        Sides(0.0, 6.0),
+        Noise(),
+        *map(CodeBook, FUNCTIONS),
+    ],
     ids=repr,
 )
 
@@ -103,6 +115,15 @@ def test_truth_and_noise_are_exact(count: int) -> None:
     noise = (torch.rand(count) < 0.9).float().div_(0.9)
     assert torch.equal(there_and_back(Noise(), noise), noise)
     assert torch.equal(there_and_back(Noise(), torch.zeros(count)), torch.zeros(count))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kinks", [(0.0, math.inf), (0.0, 6.0), (-1.0, 1.0), (0.1, 0.9), (1003.0, 2000.0)])
+def test_sides_of_kinks_are_exact(kinks: tuple[float, float], dtype: torch.dtype) -> None:
+    low, high = kinks
+    values = torch.tensor([low, high, low - 0.5, low + 0.5, 0.0, -0.0, 3.0, 1e4, -1e4]).to(dtype)
+    found = there_and_back(Sides(low, high), values)
+    assert torch.equal((found > low) & (found < high), (values > low) & (values < high))
 
 
 def test_a_product_is_what_dropout_made_and_takes_no_room() -> None:

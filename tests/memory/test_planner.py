@@ -11,6 +11,7 @@ from torch import nn
 from frostline import BlockStack
 from frostline.errors import ConfigError
 from frostline.memory import Bench, MemoryPlan, OptimizerCost, Way, candidates, plan_memory
+from frostline.memory.planner import _readable
 from tests.memory.test_model import adamw, bench_of, bert, whole_step
 
 ADAM = OptimizerCost(2.0, 0.0)
@@ -68,12 +69,45 @@ def test_a_model_whose_micro_batches_matter_keeps_its_batch(bench: Bench) -> Non
 def test_a_budget_that_cannot_be_met_says_what_the_least_is(bench: Bench) -> None:
     weights = sum(p.numel() * 4 for p in bench.model.parameters())
     with pytest.raises(
-        ConfigError, match=r"memory.budget=\d+ MiB cannot be met: a step takes at least (\d+) MiB"
+        ConfigError, match=r"memory.budget=[\d.]+ MiB cannot be met: a step takes at least ([\d.]+) MiB"
     ) as said:
         plan(bench, 2 * weights)
-    least = int(str(said.value).split("at least ")[1].split(" ")[0])
-    # A mebibyte more for what rounding takes away, and five per cent for the model's error.
-    assert plan(bench, int((least + 1) * 2**20 * 1.05)).changes
+    least = float(str(said.value).split("at least ")[1].split(" ")[0])
+    # Half a per cent more for what rounding takes away, and five for the model's error.
+    assert plan(bench, int(least * 2**20 * 1.055)).changes
+
+
+@pytest.mark.parametrize(
+    ("ways", "advice"),
+    [
+        (candidates("slimfit", checkpoints=True), "a larger budget, a stronger level, or a policy that freezes more"),
+        (candidates("published", checkpoints=True), "a larger budget, a stronger level, or a policy that freezes more"),
+        (candidates("max", checkpoints=True), "a larger budget, or a policy that freezes more"),
+        ([Way(checkpointing=True)], "a larger budget, or a policy that freezes more"),
+    ],
+)
+def test_a_stronger_level_is_advised_where_there_is_one(bench: Bench, ways: list[Way], advice: str) -> None:
+    with pytest.raises(ConfigError, match=f"choose {advice}$"):
+        plan(bench, 1000, ways)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1023, "0.999 KiB"),
+        (10**6, "977 KiB"),
+        (1023 * 1024, "0.999 MiB"),
+        (1.02 * 2**20, "1.02 MiB"),
+        (6e9, "5.59 GiB"),
+        (6 * 2**30, "6 GiB"),
+        (5000 * 2**40, "5000 TiB"),
+        (float("inf"), "more than the device has"),
+    ],
+)
+def test_sizes_have_three_digits(nbytes: float, text: str) -> None:
+    assert _readable(nbytes) == text
 
 
 def test_the_ways_that_may_be_chosen() -> None:

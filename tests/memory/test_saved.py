@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from frostline.memory import Level, compressing, saved
+from frostline.memory import Compressor, Level, compressing, saved
 from frostline.memory.formats import Rows
 from tests.memory.steps import everything_packs
 
@@ -323,6 +323,92 @@ def test_dropout_after_relu_is_not_taken_for_dropout_of_its_sign() -> None:
     (found,) = torch.autograd.grad(out, down.weight)
     assert F.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.999
     assert torch.allclose(found, exact, atol=0.03 * float(exact.abs().max()))
+
+
+def test_dropout_that_autocast_casts_is_not_taken_for_what_it_was() -> None:
+    """Probabilities in fp32 are dropped in fp32 and cast for the layer that reads them, which saves the cast."""
+    layer = nn.Linear(WIDTH, WIDTH)
+    x = torch.randn(32, WIDTH, requires_grad=True)
+
+    def loss() -> Tensor:
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(F.dropout(F.softmax(x, -1, dtype=torch.float32), 0.25)).float().square().sum()
+
+    exact = torch.autograd.grad(loss(), (x, layer.weight))
+    with compressing(layer, "safe"):
+        out = loss()
+    for a, b in zip(torch.autograd.grad(out, (x, layer.weight)), exact, strict=True):
+        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+
+
+@pytest.mark.parametrize(
+    "function", [F.leaky_relu, F.relu6, F.hardtanh, lambda x: F.hardtanh(x, -0.3, max_val=0.4)], ids=str
+)
+def test_piecewise_linear_functions_have_exact_gradients_in_a_bit_each(function: Callable[[Tensor], Tensor]) -> None:
+    """Values near a kink would land on its other side."""
+    notes = Notes()
+    x = (3 * torch.randn(32, WIDTH)).requires_grad_()
+    x.data[0] = torch.linspace(-0.01, 0.01, WIDTH)
+    (exact,) = torch.autograd.grad(function(x).sum(), x)
+    with compressing(nn.Linear(1, 1), "safe", notes):
+        out = function(x).sum()
+    assert torch.equal(torch.autograd.grad(out, x)[0], exact)
+    assert notes.lines[0][1:] == ("KINK", 32 * WIDTH // 8)
+
+
+def test_arguments_may_be_named() -> None:
+    layer = nn.Linear(WIDTH, WIDTH)
+    x = torch.randn(32, WIDTH)
+    with compressing(layer, "slimfit"):
+        y = F.silu(input=F.gelu(input=layer(x), approximate="tanh"))
+        out = torch.dropout(input=y, p=0.1, train=True).sum()
+    out.backward()
+    assert layer.weight.grad is not None
+
+
+def test_jagged_tensors_are_left_alone() -> None:
+    layer = nn.Linear(WIDTH, WIDTH)
+    rows = torch.nested.nested_tensor([torch.randn(3, WIDTH), torch.randn(5, WIDTH)], layout=torch.jagged)
+    (exact,) = torch.autograd.grad(F.gelu(layer(rows)).values().sum(), layer.weight)
+    with compressing(layer, "slimfit"):
+        out = F.gelu(layer(rows)).values().sum()
+    assert torch.equal(torch.autograd.grad(out, layer.weight)[0], exact)
+
+
+def test_a_function_that_torch_refuses_is_refused_here() -> None:
+    x = torch.randn(32, WIDTH, dtype=torch.complex64, requires_grad=True)
+    with compressing(nn.Linear(1, 1), "slimfit"), pytest.raises(RuntimeError, match="complex"):
+        F.silu(x)
+
+
+def test_attention_inside_of_vmap() -> None:
+    x = torch.randn(3, 2, 2, 16, 16, requires_grad=True)
+
+    def loss() -> Tensor:
+        return torch.func.vmap(lambda q: F.scaled_dot_product_attention(q, q, q) ** 2)(x).sum()
+
+    (exact,) = torch.autograd.grad(loss(), x)
+    for level in ("slimfit", "published"):
+        with compressing(nn.Linear(1, 1), level):
+            out = loss()
+        found = torch.autograd.grad(out, x)[0]
+        assert F.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.99
+
+
+def test_a_pass_does_not_hold_its_model() -> None:
+    model = nn.Sequential(*linears(2))
+    dies = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        compressor = Compressor(model, "slimfit")
+        model(torch.randn(32, WIDTH)).sum().backward()
+        compressor.detach()
+        del model, compressor
+        assert dies() is None
+    finally:
+        gc.enable()
 
 
 def test_a_backward_pass_inside_of_the_forward_pass() -> None:

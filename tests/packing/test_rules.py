@@ -99,4 +99,4 @@ def test_the_learning_rate_follows_the_batch(rate: str, adaptive: bool, factor: 
 )
 def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        options_from(settings, PackOptions, "mode", "pack")
+        options_from(settings, PackOptions, "pack")

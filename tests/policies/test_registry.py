@@ -87,6 +87,17 @@ def test_every_fault_is_named_at_once() -> None:
     assert "\n" not in message
 
 
+def test_what_an_option_may_have_meant() -> None:
+    with pytest.raises(
+        ConfigError, match="'memroy': did you mean 'memory'.*Valid choices: active, every, head, memory, seed, stem$"
+    ):
+        validate("random-blocks", {"memroy": "max"}, ["memory"])
+    with pytest.raises(ConfigError, match="'share': .*; 'share' is an option of policy 'interlayer'$"):
+        validate("gradient-norm", {"share": 0.5})
+    with pytest.raises(ConfigError, match="'seed' is an option of policy 'random-blocks' and 'interlayer'$"):
+        validate("static", {"depth": 1, "seed": 3})
+
+
 @pytest.fixture
 def _third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An installed distribution with an entry point, as pip would leave it."""

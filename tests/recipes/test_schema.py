@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from frostline.cache import CacheOptions
 from frostline.errors import ConfigError
+from frostline.memory import MemoryOptions
+from frostline.packing import PackOptions
 from frostline.recipes import recipe_names, recipe_summary
 from frostline.recipes.document import apply_overrides, parse_yaml
 from frostline.recipes.schema import Recipe, Schedule, load_recipe
@@ -63,6 +66,19 @@ def test_another_policy_drops_the_options_of_the_old_one() -> None:
     recipe = load_recipe("trec", ["freeze.policy=static", "freeze.depth=3"])
     assert (recipe.freeze.policy, recipe.freeze.options) == ("static", {"depth": 3})
     assert load_recipe("trec", ["freeze.policy=gradient-norm"]).freeze.options["percentile"] == 75
+
+
+def test_a_section_in_one_word_is_what_it_is_in_python(tmp_path: Path) -> None:
+    recipe = load_recipe("trec", ["memory=slimfit", "cache=disk", "pack=performance"])
+    assert (recipe.memory, recipe.pack) == (MemoryOptions(level="slimfit"), PackOptions(mode="performance"))
+    assert recipe.cache == CacheOptions(mode="disk"), "the recipe's own settings of the cache are replaced"
+    for nothing in ("null", "off", "false"):
+        recipe = load_recipe("trec", [f"memory={nothing}", f"cache={nothing}"])
+        assert (recipe.memory, recipe.cache) == (MemoryOptions(), CacheOptions())
+    path = write_recipe_file(tmp_path / "mine.yaml", recipe_content(tmp_path, memory="max", cache="memory"))
+    recipe = load_recipe(str(path), ["memory.budget=6GiB"])
+    assert recipe.memory == MemoryOptions(level="max", budget=6 * 2**30), "one word may be added to"
+    assert recipe.cache == CacheOptions(mode="memory")
 
 
 def test_off_is_a_word_and_5e_5_a_number() -> None:
@@ -131,6 +147,26 @@ def test_every_fault_is_named_at_once() -> None:
             ["data.text_column=a"],
             "unknown key in data 'text_column':.* Valid choices: image_column, l",
         ),
+        (
+            "trec",
+            ["memory=slimft"],
+            "memory.level: unknown memory level 'slimft': did you mean 'slimfit'.*max, off, pub",
+        ),
+        ("trec", ["memory=6GiB"], "memory.level: a level is one of off, safe, .*{'budget': '6GiB'}"),
+        (
+            "trec",
+            ["memory=true"],
+            r"memory: must be a level \(off, safe, .*\) or .* options \(level, budget\), not True",
+        ),
+        ("trec", ["memory=[a]"], r"memory: must be a level .*, not \['a'\]"),
+        (
+            "trec",
+            ["memory.level=[a]"],
+            r"memory.level: unknown memory level .*Valid choices: max, off, published, safe",
+        ),
+        ("trec", ["memory.budget=50%"], "memory.budget='50%': must be bytes, or a number with KB"),
+        ("trec", ["cache=dsk"], "cache.mode: unknown cache mode 'dsk': did you mean 'disk'"),
+        ("trec", ["freeze.blcks=x"], "unknown option of policy 'gradient-norm' 'blcks': did you mean 'blocks'"),
         ("trec", ["data.image_column=a"], "unknown key in data 'image_column':.* text_column"),
     ],
 )

@@ -83,7 +83,7 @@ def test_what_a_trajectory_says_of_the_run_is_taken_unless_something_else_is_giv
         ("profile", {**PROFILE, "blocks": [{**PART, "cuont": 2}]}, "unknown key of blocks.0 'cuont': did you mean 'co"),
         ("profile", {**PROFILE, "stem": {**PART, "forward_seconds": -1}}, "stem.forward_seconds=-1: "),
         ("profile", {**PROFILE, "stem": {**PART, "parameter_bytes": ".inf"}}, "stem.parameter_bytes="),
-        ("profile", {**PROFILE, "stem": {**PART, "activation_bytes": float("inf")}}, "must be finite"),
+        ("profile", {**PROFILE, "stem": {**PART, "activation_bytes": float("inf")}}, "must be bytes"),
         ("profile", {"stem": PART, "head": PART}, "blocks: missing; it is required"),
         ("profile", {**PROFILE, **dict.fromkeys(("stem", "head"), {**PART, "forward_seconds": 0}),
                      "blocks": [{**PART, "forward_seconds": 0}]}, "forward_seconds is 0 for every part"),

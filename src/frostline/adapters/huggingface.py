@@ -46,6 +46,7 @@ from frostline.errors import ConfigError, FrostlineError, ModelError, ResumeErro
 from frostline.events import EventLog
 from frostline.memory import MemoryOptions, MemorySetting, memory_options
 from frostline.policies.registry import create, validate
+from frostline.settings import KEYWORDS
 from frostline.state import has_state
 from frostline.summary import Summary
 
@@ -71,7 +72,8 @@ def attach(
         cache: ``auto`` (where it pays), ``memory`` or ``disk`` keeps boundary activations and skips the frozen prefix;
             ``off``. A mapping sets budgets and more (:class:`~frostline.cache.CacheOptions`).
         memory: level at which the tensors that autograd saves are compressed (``safe``, ``slimfit``, ``published``,
-            ``max``); ``off``. Also with policy ``none``.
+            ``max``), or ``{"budget": "6GiB", "level": ...}``, which fits the run into a budget (at most at that level);
+            ``off``. Also with policy ``none``.
         blocks: dotted path of the list of blocks, where the model has several or none is found.
         events: an :class:`EventLog` or the path of ``events.jsonl``; kept in memory if not given.
         max_depth_changes: bound on moves of the frost line (default: 6 under ``torch_compile``, else none).
@@ -84,7 +86,7 @@ def attach(
         ConfigError: an unknown policy or option, a value out of range, or a second ``attach``.
         ModelError: a model or a wrapper that cannot be frozen by depth.
     """
-    saving, open_option = memory_options(memory), validate(policy, options).undecided
+    saving, open_option = memory_options(memory), validate(policy, options, KEYWORDS).undecided
     settings = {
         "policy": policy, "cache": cache_options(cache), "blocks": blocks, "max_depth_changes": max_depth_changes,
         **options,

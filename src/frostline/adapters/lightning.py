@@ -18,8 +18,9 @@ from frostline.cache import CacheSetting, cache_options
 from frostline.engine import COMPILED_DEPTH_CHANGES, NOT_CACHED_COMPILED, Frostline
 from frostline.errors import ConfigError, FrostlineError, ModelError
 from frostline.events import EventLog
-from frostline.memory import MemorySetting, memory_options
+from frostline.memory import NO_BUDGET, MemorySetting, memory_options
 from frostline.policies.registry import validate
+from frostline.settings import KEYWORDS
 from frostline.summary import Summary
 
 __all__ = ["FrostlineCallback"]
@@ -33,14 +34,14 @@ class FrostlineCallback(pl.Callback):
         cache: ``auto`` (where it pays), ``memory`` or ``disk`` keeps boundary activations and skips the frozen prefix;
             ``off``. A mapping sets budgets and more (:class:`~frostline.cache.CacheOptions`).
         memory: level at which the tensors that autograd saves are compressed (``safe``, ``slimfit``, ``published``,
-            ``max``); ``off``. Also with policy ``none``.
+            ``max``); ``off``. Also with policy ``none``. A budget needs a Hugging Face Trainer or a recipe.
         blocks: dotted path of the list of blocks inside the LightningModule, where it is not found by itself.
         events: an :class:`EventLog` or the path of ``events.jsonl``.
         max_depth_changes: bound on moves of the frost line (default: 6 for a compiled module, else none).
         options: the policy's own options, e.g. ``percentile=75``.
 
     Raises:
-        ConfigError: an unknown policy or option, or a value out of range.
+        ConfigError: an unknown policy or option, a value out of range, or a memory budget.
     """
 
     def __init__(
@@ -54,12 +55,14 @@ class FrostlineCallback(pl.Callback):
         max_depth_changes: int | None = None,
         **options: Any,
     ) -> None:
-        validate(policy, options)
+        validate(policy, options, KEYWORDS)
+        saving = memory_options(memory)
+        if saving.budget is not None:
+            raise ConfigError(NO_BUDGET)
         self.engine: Frostline | None = None
         self._log = events if isinstance(events, EventLog) else EventLog(events)
         self._settings = {
-            "policy": policy, "cache": cache_options(cache), "memory": memory_options(memory), "blocks": blocks,
-            **options,
+            "policy": policy, "cache": cache_options(cache), "memory": saving, "blocks": blocks, **options,
         }  # fmt: skip
         self._max_depth_changes = max_depth_changes
         self._saved: dict[str, Any] | None = None

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
 from frostline.cache.codecs import CODECS
-from frostline.settings import one_of, options_from
+from frostline.settings import Bytes, one_of, options_from, options_in
 
 __all__ = ["MODES", "CacheOptions", "CacheSetting", "cache_options"]
 
@@ -31,12 +31,17 @@ class CacheOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     mode: str = "off"
-    device: ByteSize = Field(default=ByteSize(0), ge=0)
-    memory: ByteSize | None = Field(default=None, ge=0)
-    disk: ByteSize | None = Field(default=None, ge=0)
+    device: Bytes = Field(default=ByteSize(0), ge=0)
+    memory: Bytes | None = Field(default=None, ge=0)
+    disk: Bytes | None = Field(default=None, ge=0)
     folder: Path | None = None
     keep: bool = False
     codec: str = "raw"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_one_word(cls, value: Any) -> Any:
+        return options_in(value, cls, "mode", MODES)
 
     @field_validator("mode", mode="before")
     @classmethod
@@ -49,13 +54,13 @@ class CacheOptions(BaseModel):
         return one_of("codec", value, tuple(CODECS))
 
 
-CacheSetting = str | Mapping[str, Any] | CacheOptions
+CacheSetting = str | Mapping[str, Any] | CacheOptions | None
 
 
 def cache_options(setting: CacheSetting) -> CacheOptions:
-    """Options from a mode alone (``"memory"``) or from all of them.
+    """Options from a mode alone (``"memory"``), from all of them, or from nothing (off).
 
     Raises:
         ConfigError: an unknown mode or option, a budget that is none.
     """
-    return options_from(setting, CacheOptions, "mode", "cache")
+    return options_from(setting, CacheOptions, "cache")

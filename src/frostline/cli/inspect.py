@@ -129,7 +129,7 @@ def _show_memory(found: Inspection) -> None:
     operations += [(name, [kept.by_operation().get(name, 0) for kept in found.memory]) for name in sorted(others)]
     for title, rows in (("kept by part", parts), ("kept by operation", operations)):
         table = Table(box=box.SIMPLE_HEAD)
-        table.add_column(title, no_wrap=True)
+        table.add_column(title, overflow="fold")  # what shrinks where the terminal is narrow: numbers stay whole
         for kept in found.memory:
             table.add_column(kept.level, justify="right", no_wrap=True)
         for name, sizes in [*rows, ("all", [kept.total for kept in found.memory])]:

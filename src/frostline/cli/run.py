@@ -16,6 +16,8 @@ _EPILOG = """Examples:
 
 `frostline run trec freeze.policy=static freeze.depth=3` takes another policy.
 
+`frostline run trec freeze.policy=interlayer memory.level=slimfit` is SlimFit: layers take turns, compressed.
+
 `frostline run trec resume=true` goes on after a stop; `overwrite=true` starts again.
 """
 
@@ -34,7 +36,7 @@ def register(app: typer.Typer) -> None:
         """Fine-tune as RECIPE says, and leave model, events and summary in its output directory.
 
         The output directory is `runs/NAME-seedN` unless `output_dir` says otherwise. Policies: gradient-norm
-        (AutoFreeze), static, ramp, random-blocks (LISA), none.
+        (AutoFreeze), static, ramp, random-blocks (LISA), interlayer (SlimFit), none.
         """
         from rich.console import Console
 

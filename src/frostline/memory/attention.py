@@ -21,14 +21,22 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 
-from frostline.memory.aside import nothing_packed
+from frostline.memory.aside import nothing_packed, unchanged
 
-__all__ = ["attention", "recomputed_attention"]
+__all__ = ["attention", "is_recomputable", "recomputed_attention"]
 
 attention = torch.nn.functional.scaled_dot_product_attention
 
 # Bytes of one such matrix: it stays in the processor's caches.
 _PART = 4 * 2**20
+
+
+def is_recomputable(query: Tensor, dropout: float) -> bool:
+    """Whether the same can be computed again: values without gaps between them, and noise that can be drawn again."""
+    if query.layout != torch.strided:
+        return False
+    kind = query.device.type
+    return not dropout or kind == "cpu" or hasattr(torch.get_device_module(kind), "default_generators")
 
 
 def recomputed_attention(
@@ -88,9 +96,11 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, asked: dict[str, Any]) -> Tensor:
         ctx.ambience, ctx.asked = _Ambience.now(query.device, random=asked["dropout_p"] > 0), asked
+        mask = asked["attn_mask"]
+        ctx.version = mask._version if mask is not None and not mask.is_inference() else None
         ctx.save_for_backward(query, key, value)
         # Where there is but one way to run it, nothing of it is held until the end.
-        if _is_unfused(query, key, asked, ctx.ambience):
+        if _is_unfused(query, key, value, asked, ctx.ambience):
             return attention(query, key, value, **asked)
         # Or with gradients, whose graph is thrown away at once.
         with torch.enable_grad(), nothing_packed():
@@ -104,8 +114,10 @@ class _Recomputed(torch.autograd.Function):
                 "compressed attention is computed again in the backward pass and has no second derivative "
                 "(create_graph=True): use memory level 'off' or 'published'"
             )
+        if ctx.version is not None:
+            unchanged(ctx.asked["attn_mask"], ctx.version)
         inputs = query, key, value = _leaves(ctx.saved_tensors, ctx.needs_input_grad)
-        if _is_unfused(query, key, ctx.asked, ctx.ambience):
+        if _is_unfused(query, key, value, ctx.asked, ctx.ambience):
             return (*_by_parts(inputs, gradients[0], ctx.asked, ctx.ambience), None)
         # A backward pass inside of a forward pass must not meet what stands in for attention there.
         with torch._C.DisableTorchFunction(), torch.enable_grad(), nothing_packed(), ctx.ambience.again():
@@ -114,14 +126,15 @@ class _Recomputed(torch.autograd.Function):
         return (*(next(found) if tensor.requires_grad else None for tensor in inputs), None)
 
 
-def _is_unfused(query: Tensor, key: Tensor, asked: dict[str, Any], ambience: _Ambience) -> bool:
+def _is_unfused(query: Tensor, key: Tensor, value: Tensor, asked: dict[str, Any], ambience: _Ambience) -> bool:
     """Whether attention runs as :func:`_with_noise` does: each product by itself, in the precision of its inputs."""
     return (
         query.device.type == "cpu"
         and 0 < asked["dropout_p"] < 1
         and query.dtype in (torch.float32, torch.float64)
         and query.dim() == 4
-        and query.shape[:2] == key.shape[:2]  # else one key serves several heads
+        and len(query) > 0
+        and query.shape[:2] == key.shape[:2] == value.shape[:2]  # else one key serves several heads, or rows
         and not ambience.autocast
     )
 

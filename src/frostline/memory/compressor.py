@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from frostline.errors import ModelError
-from frostline.memory.attention import attention, recomputed_attention
+from frostline.memory.attention import attention, is_recomputable, recomputed_attention
 from frostline.memory.codebook import coded_activation
 from frostline.memory.levels import Level, level_named
 from frostline.memory.operations import Call, Role, Watch
 from frostline.memory.saved import Kept, Ledger, Shelf, is_small
 from frostline.trace import unwrap
 
-__all__ = ["Compressor", "compressing"]
+__all__ = ["Compressor", "compressing", "refuse_compiled"]
 
 
 class compressing:
@@ -55,38 +55,51 @@ class compressing:
         self._watch.__exit__(kind, error, at)  # type: ignore[no-untyped-call]
         self._hooks.__exit__(kind, error, at)
         self._shelf.clear()
+        # They know this object by its methods: a circle, which would hold the model until the garbage collector comes.
+        del self._hooks, self._watch
 
     def _pack(self, saved: Tensor) -> Kept:
         return self._shelf.pack(saved, self._watch.call)
 
     def _dropped(self, call: Call, out: Any) -> None:
-        self._shelf.dropped(call.args[0], out, float(call.argument(1, "p", 0.5)))
+        self._shelf.dropped(call.argument(0, "input"), out, float(call.argument(1, "p", 0.5)))
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Attention that is computed again in the backward pass, where that is possible and something is won."""
         mask = args[0] if args else kwargs.get("attn_mask")
         learned = isinstance(mask, Tensor) and mask.requires_grad  # its gradient comes from what would not be kept
-        trains = query.requires_grad or key.requires_grad or value.requires_grad
-        chosen = recomputed_attention if trains and not learned and self._innermost() else attention
+        trains = (query.requires_grad or key.requires_grad or value.requires_grad) and not learned
+        again = trains and is_recomputable(query, args[1] if len(args) > 1 else kwargs.get("dropout_p", 0.0))
+        chosen = recomputed_attention if again and self._innermost() else attention
         return chosen(query, key, value, *args, **kwargs)
 
-    def _gelu(self, x: Tensor, *, approximate: str = "none") -> Tensor:
-        if self._is_coded(x):
-            return coded_activation(x, "gelu-tanh" if approximate == "tanh" else "gelu")
-        return nn.functional.gelu(x, approximate=approximate)
+    def _gelu(self, input: Tensor, *, approximate: str = "none") -> Tensor:
+        if self._is_coded(input):
+            return coded_activation(input, "gelu-tanh" if approximate == "tanh" else "gelu")
+        return nn.functional.gelu(input, approximate=approximate)
 
-    def _silu(self, x: Tensor, inplace: bool = False) -> Tensor:
-        if self._is_coded(x) and not inplace:
-            return coded_activation(x, "silu")
-        return nn.functional.silu(x, inplace)
+    def _silu(self, input: Tensor, inplace: bool = False) -> Tensor:
+        if self._is_coded(input) and not inplace:
+            return coded_activation(input, "silu")
+        return nn.functional.silu(input, inplace)
 
     def _is_coded(self, x: Tensor) -> bool:
-        return x.requires_grad and not is_small(x) and self._innermost()
+        plain = x.layout == torch.strided and x.is_floating_point()
+        return plain and x.requires_grad and not is_small(x) and self._innermost()
 
     def _innermost(self) -> bool:
         """Whether it is our hooks that act: a checkpointed block must save the same when it runs again."""
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         return top is not None and top[0] == self._pack
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raises ModelError for a compiled model: its compiler decides what is saved."""
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ModelError(
+            "a compiled model is not compressed: its compiler decides what is saved; train it without torch.compile, "
+            "or with memory level 'off'"
+        )
 
 
 class Compressor:
@@ -113,12 +126,8 @@ class Compressor:
         entries: Iterable[nn.Module] = (),
     ) -> None:
         self.level = level_named(level)
-        if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-            raise ModelError(
-                "a compiled model is not compressed: its compiler decides what is saved; train it without "
-                "torch.compile, or with memory level 'off'"
-            )
-        self.kept = self._keeps = 0
+        refuse_compiled(model)
+        self.kept = self._keeps = self._nested = 0
         self._model = unwrap(model)
         self._inside: tuple[nn.Module, compressing] | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -136,21 +145,31 @@ class Compressor:
 
     def _enter(self, module: nn.Module, _: Any) -> None:
         # The cache runs the model again inside of a pass, without gradients: that is part of the pass.
-        if not module.training or not torch.is_grad_enabled() or self.level.name == "off":
+        if not torch.is_grad_enabled() or self.level.name == "off":
             return
-        if self._inside is not None and self._inside[0] is module:
+        again = self._inside is not None and self._inside[0] is module
+        if not module.training:
+            self._nested += again  # the engine looks at what the model does with its first inputs
+            return
+        if again:
             self._end()  # an interrupt (Ctrl-C) cut the last pass off before its end
         if self._inside is None:
-            self._keeps = 0
+            self._keeps = self._nested = 0
             self._inside = module, compressing(self._model, self.level, self._count)
             self._inside[1].__enter__()
 
     def _count(self, operation: str, role: Role, nbytes: int) -> None:
+        if self._nested:  # is gone before the pass goes on
+            return
         self._keeps += nbytes
         self.kept = max(self.kept, self._keeps)
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
-        if self._inside is not None and self._inside[0] is module and torch.is_grad_enabled():
+        if self._inside is None or self._inside[0] is not module or not torch.is_grad_enabled():
+            return
+        if self._nested:
+            self._nested -= 1
+        else:
             self._end()
 
     def _end(self) -> None:

@@ -11,6 +11,7 @@ absmax quantisation. The code book over the derivative is ours (:mod:`frostline.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ __all__ = [
     "Product",
     "Pruned",
     "Rows",
+    "Sides",
     "rounded",
 ]
 
@@ -274,6 +276,29 @@ class Bits(Format):
 
     def unpack(self, parts: tuple[Tensor, ...], count: int, dtype: torch.dtype) -> Tensor:
         return unpack_bits(parts[0], count, dtype)
+
+
+@dataclass(frozen=True)
+class Sides(Format):
+    """Which values lie between two kinks, in a bit each: all that the gradient of a piecewise linear function asks.
+
+    They come back as one value from the inside, and one from the outside; the gradient is exact.
+
+    Args:
+        low: the lower kink; the kinks themselves are outside.
+        high: the upper one, or infinity.
+    """
+
+    low: float
+    high: float
+
+    def pack(self, values: Tensor) -> tuple[Tensor, ...]:
+        return (pack_bits((values > self.low).logical_and_(values < self.high)),)
+
+    def unpack(self, parts: tuple[Tensor, ...], count: int, dtype: torch.dtype) -> Tensor:
+        inside = (self.low + self.high) / 2 if self.high < math.inf else self.low + 1
+        outside = self.low - abs(self.low) - 1  # in any precision below the kink
+        return unpack_bits(parts[0], count, dtype).mul_(inside - outside).add_(outside)
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,10 @@ _ROWS_AT_ONCE, _BYTES_AT_ONCE = 32, 512
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether kernels can work on ``tensor``: Triton's work on the GPUs that have bfloat16."""
-    return triton is not None and tensor.is_cuda and tensor.numel() > 0 and _has_bfloat16(tensor.device)
+    """Whether kernels can work on ``tensor``: Triton's work on Nvidia's GPUs that have bfloat16."""
+    if triton is None or torch.version.hip is not None or not tensor.is_cuda or tensor.numel() == 0:
+        return False
+    return _has_bfloat16(tensor.device)
 
 
 def pack_rows(values: Tensor, width: int, top: float, zero: float) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
 from frostline.errors import ConfigError, choices_message
-from frostline.memory.formats import Bits, FixedPoint, Format, Noise, Pruned, Rows
+from frostline.memory.formats import Bits, FixedPoint, Format, Noise, Pruned, Rows, Sides
 from frostline.memory.operations import Call, Role
 
 __all__ = ["LEVELS", "Level", "level_named"]
@@ -47,6 +48,8 @@ class Level:
         """How a saved tensor of ``role`` is kept."""
         if role is Role.RESTING_NORM and self.resting_norm == "pruned":
             return _pruned(call, saved)
+        if role is Role.KINK and self.masks:
+            return _sides(call)
         return self._formats.get(role)
 
     @cached_property
@@ -67,6 +70,15 @@ def _pruned(call: Call, saved: Tensor) -> Format | None:
     if not last or not saved.is_contiguous():
         return None
     return Pruned(width, float(call.argument(4, "eps", 1e-5)))
+
+
+def _sides(call: Call) -> Format:
+    """Where the derivative of a piecewise linear function changes."""
+    if call.name == "leaky_relu":
+        return Sides(0.0, math.inf)
+    if call.name == "relu6":
+        return Sides(0.0, 6.0)
+    return Sides(float(call.argument(1, "min_val", -1.0)), float(call.argument(2, "max_val", 1.0)))  # hardtanh
 
 
 _SAFE = Level(

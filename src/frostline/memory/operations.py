@@ -34,6 +34,7 @@ class Role(Enum):
     NOISE = "noise of dropout"
     ACTIVATION = "input of an activation function of the GELU family"
     SIGN = "output of ReLU"
+    KINK = "input of a piecewise linear activation function"
     NORM = "input of a normalisation that trains"
     RESTING_NORM = "input of a normalisation that rests"
     BATCH_NORM = "input of a normalisation over samples"
@@ -188,6 +189,8 @@ def _narrows(first: Tensor, weight: Tensor) -> bool:
 
 
 def _shares_memory(one: Tensor, other: Tensor) -> bool:
+    if torch._C._functorch.is_functorch_wrapped_tensor(other):  # inside of vmap it has no storage that could be asked
+        return False
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
@@ -202,8 +205,10 @@ _NORMS = ("layer_norm", "rms_norm", "group_norm")
 _BATCH_NORMS = ("batch_norm", "instance_norm")
 # Smooth and bounded in what they read back: a small error stays small. Not division, roots or logarithms.
 _ELEMENTWISE = (
-    "mul", "tanh", "sigmoid", "erf", "mish", "elu", "softplus", "hardswish", "hardtanh", "relu6", "leaky_relu", "pow"
+    "mul", "tanh", "sigmoid", "erf", "mish", "elu", "softplus", "hardswish", "pow"
 )  # fmt: skip
+# A value that is moved over a kink has another derivative, however little it is moved.
+_KINKED = ("leaky_relu", "relu6", "hardtanh")
 # Which argument is meant by the first one, where that is not the one at the front.
 _FIRST = {"addmm": (1, "mat1"), "scaled_dot_product_attention": (0, "query")}
 _ROLES: dict[str, _Finder] = {
@@ -215,6 +220,7 @@ _ROLES: dict[str, _Finder] = {
     "gelu": _if_like_the_first(Role.ACTIVATION),
     "silu": _if_like_the_first(Role.ACTIVATION),
     "relu": _if_like_the_first(Role.SIGN),
+    **dict.fromkeys(_KINKED, _if_like_the_first(Role.KINK)),
     **dict.fromkeys(_NORMS, _norm),
     **dict.fromkeys(_BATCH_NORMS, _if_like_the_first(Role.BATCH_NORM)),
     **dict.fromkeys(_ELEMENTWISE, _elementwise),

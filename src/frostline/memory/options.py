@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from frostline.memory.levels import LEVELS
-from frostline.settings import one_of, options_from
+from frostline.settings import Bytes, one_of, options_from, options_in
 
-__all__ = ["MemoryOptions", "MemorySetting", "memory_options"]
+__all__ = ["NO_BUDGET", "MemoryOptions", "MemorySetting", "memory_options"]
+
+NO_BUDGET = (
+    "memory.budget needs a Hugging Face Trainer or a recipe; here set memory='slimfit' (or another level) and choose "
+    "the batch yourself"
+)
+"""What hosts say that cannot split a batch."""
 
 
 class MemoryOptions(BaseModel):
@@ -25,11 +31,19 @@ class MemoryOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     level: str = "off"
-    budget: ByteSize | None = Field(default=None, gt=0)
+    budget: Bytes | None = Field(default=None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_one_word(cls, value: Any) -> Any:
+        return options_in(value, cls, "level", LEVELS)
 
     @field_validator("level", mode="before")
     @classmethod
     def _is_known(cls, value: Any) -> str:
+        if isinstance(value, str) and value[:1].isdigit():
+            words = ", ".join(LEVELS)
+            raise ValueError(f"a level is one of {words}; so many bytes are a budget: {{'budget': {value!r}}}")
         return one_of("memory level", value, LEVELS)
 
     @property
@@ -38,13 +52,13 @@ class MemoryOptions(BaseModel):
         return self.level if "level" in self.model_fields_set else "slimfit"
 
 
-MemorySetting = str | Mapping[str, Any] | MemoryOptions
+MemorySetting = str | Mapping[str, Any] | MemoryOptions | None
 
 
 def memory_options(setting: MemorySetting) -> MemoryOptions:
-    """Options from a level alone (``"slimfit"``) or from all of them.
+    """Options from a level alone (``"slimfit"``), from all of them, or from nothing (off).
 
     Raises:
         ConfigError: an unknown level or option.
     """
-    return options_from(setting, MemoryOptions, "level", "memory")
+    return options_from(setting, MemoryOptions, "memory")

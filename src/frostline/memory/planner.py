@@ -166,10 +166,12 @@ def plan_memory(
             round(before) if before < float("inf") else None, tuple(found),
         )  # fmt: skip
     least = min(peak(way, sizes[-1]) for way in ways)
+    # Blocks that are checkpointed already are not compressed.
+    strongest = plain.checkpointing or any(way.level == _LADDER[-1] for way in ways)
     raise BudgetError(
         f"memory.budget={_readable(budget)} cannot be met: a step takes at least {_readable(least)}, in micro-batches "
-        f"of {sizes[-1]} ({_readable(model.weights)} of it weights); choose a larger budget, a stronger level, or a "
-        "policy that freezes more"
+        f"of {sizes[-1]} ({_readable(model.weights)} of it weights); choose a larger budget, "
+        f"{'' if strongest else 'a stronger level, '}or a policy that freezes more"
     )
 
 
@@ -194,7 +196,7 @@ def _best(found: Sequence[Considered]) -> Considered:
 def _readable(nbytes: float) -> str:
     if nbytes == float("inf"):
         return "more than the device has"
-    for unit, size, digits in (("GiB", 2**30, 2), ("MiB", 2**20, 0), ("KiB", 2**10, 0)):
-        if nbytes >= size:
-            return f"{nbytes / size:.{digits}f} {unit}"
-    return f"{nbytes} bytes"
+    size, units = nbytes, ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 999.5 and len(units) > 1:  # from there on three digits are not enough
+        size, units = size / 1024, units[1:]
+    return f"{size:.3g} {units[0]}" if size < 999.5 else f"{size:.0f} {units[0]}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from frostline.memory.aside import unchanged
 from frostline.memory.formats import Bits, Content, Format, Packed, Product
 from frostline.memory.layout import contiguous_strides, in_memory_order
 from frostline.memory.levels import Level
@@ -40,7 +41,7 @@ class Ledger(Protocol):
 
 
 class _Raw:
-    """The tensor itself. Hooks switch autograd's own check of in-place changes off, so it is made here."""
+    """The tensor itself, checked for changes in place."""
 
     __slots__ = ("tensor", "version")
 
@@ -49,12 +50,7 @@ class _Raw:
         self.tensor, self.version = tensor.detach(), tensor._version
 
     def restore(self) -> Tensor:
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                f"a tensor of shape {tuple(self.tensor.shape)} that the backward pass needs was changed in place: it "
-                f"is at version {self.tensor._version}, version {self.version} was saved"
-            )
-        return self.tensor
+        return unchanged(self.tensor, self.version)
 
 
 class _View:
@@ -99,8 +95,8 @@ class Shelf:
 
     def pack(self, saved: Tensor, call: Call | None) -> Kept:
         """Keep ``saved``, which the operation ``call`` needs in the backward pass (``None``: it is not known)."""
-        if saved.layout != torch.strided:
-            return _Raw(saved)
+        if saved.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(saved):
+            return _Raw(saved)  # sparse, jagged, or (vmap) without a storage
         storage = saved.untyped_storage()
         if storage._cdata in self._parameters or storage._cdata in self._raw:
             return _Raw(saved)
@@ -151,7 +147,8 @@ class Shelf:
         if origin is None:
             origin = saved
         place = _place(origin)
-        known: Content | None = self._products.get(place) if self._products else None
+        # A product is known by the place of what dropout made, which autocast may have cast since.
+        known: Content | None = self._products.get(place) if self._products and origin is saved else None
         known = known or self._contents.get((saved.dtype, how, place))
         if known is None:
             known = self._contents[saved.dtype, how, place] = Packed(how, values)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from frostline.settings import one_of
+from frostline.settings import Bytes, one_of, options_in
 
 __all__ = ["MODES", "RATES", "PackOptions"]
 
@@ -32,11 +32,16 @@ class PackOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     mode: str = "none"
-    memory: ByteSize | None = Field(default=None, gt=0)
+    memory: Bytes | None = Field(default=None, gt=0)
     largest: int = Field(default=4, ge=1)
     rate: str = "auto"
     restart: float | None = Field(default=None, ge=0.0)
     price: float | None = Field(default=None, ge=0.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_one_word(cls, value: Any) -> Any:
+        return options_in(value, cls, "mode", MODES)
 
     @field_validator("mode", mode="before")
     @classmethod

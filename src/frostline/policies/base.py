@@ -205,6 +205,11 @@ class Policy(Generic[OptionsT]):
         self.options = options
         self.plan = plan
 
+    def replan(self, plan: Plan, decision: Decision) -> Decision:
+        """Go on with ``plan``, since the model has turned out to be other than it looked; what holds from here on."""
+        self.plan = plan
+        return decision
+
     @property
     def moments(self) -> Moments:
         """What becomes of the optimizer state of resting layers; below the frost line it is always dropped."""

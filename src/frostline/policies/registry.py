@@ -7,7 +7,7 @@ point in the group ``frostline.policies`` that names the class.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -54,8 +54,12 @@ def available() -> dict[str, type[Policy[Any]]]:
     return found
 
 
-def validate(name: str, options: Mapping[str, Any]) -> PolicyOptions:
-    """Check a policy's options; every fault is named in one :class:`ConfigError`."""
+def validate(name: str, options: Mapping[str, Any], beside: Iterable[str] = ()) -> PolicyOptions:
+    """Check a policy's options; every fault is named in one :class:`ConfigError`.
+
+    Args:
+        beside: other keywords that whoever calls may be given in the same place; a misspelt option may mean them.
+    """
     policies = available()
     if name not in policies:
         raise ConfigError(choices_message("policy", str(name), policies))
@@ -63,7 +67,12 @@ def validate(name: str, options: Mapping[str, Any]) -> PolicyOptions:
     try:
         return cls(**options)
     except ValidationError as error:
-        raise ConfigError(validation_message(error, f"policy {name!r}", cls.model_fields)) from None
+        faults = [validation_message(error, f"policy {name!r}", [*cls.model_fields, *beside])]
+        for option in sorted(options.keys() - cls.model_fields.keys()):
+            owners = [repr(other) for other, policy in policies.items() if option in policy.Options.model_fields]
+            if owners:
+                faults.append(f"{option!r} is an option of policy {' and '.join(owners)}")
+        raise ConfigError("; ".join(faults)) from None
 
 
 def create(name: str, options: Mapping[str, Any], plan: Plan) -> Policy[Any]:

@@ -14,6 +14,7 @@ __all__ = ["apply_overrides", "parse_yaml", "read_yaml"]
 
 
 _KEPT = ("blocks", "max_depth_changes")  # what belongs to `freeze` itself, not to a policy
+_ONE_WORD = {"cache": "mode", "memory": "level", "pack": "mode"}  # what a section in one word says
 
 
 class _Loader(yaml.SafeLoader):
@@ -90,6 +91,8 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
         section: dict[str, Any] = result
         for depth, key in enumerate(path[:-1], start=1):
             inner = section.get(key)
+            if depth == 1 and key in _ONE_WORD and isinstance(inner, str):
+                inner = {_ONE_WORD[key]: inner}
             if inner is not None and not isinstance(inner, dict):
                 above = ".".join(path[:depth])
                 raise ConfigError(f"override {'.'.join(path)}: {above} is the value {inner!r}, not a section")

@@ -50,7 +50,7 @@ class FreezeSection(_Section):
 
     @model_validator(mode="after")
     def _options_fit_the_policy(self) -> FreezeSection:
-        validate(self.policy, self.options)
+        validate(self.policy, self.options, type(self).model_fields)
         return self
 
     @property

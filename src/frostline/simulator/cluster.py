@@ -6,23 +6,16 @@ on one rank, on the kind of device that the cluster is made of.
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
+
+from frostline.settings import Bytes
 
 __all__ = ["Blocks", "Cluster", "Input", "Link", "Part", "Profile"]
 
 
-def _finite(value: Any) -> Any:
-    # ByteSize turns infinity into an OverflowError, which pydantic does not catch.
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("must be finite")
-    return value
-
-
 Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Bytes = Annotated[ByteSize, BeforeValidator(_finite), Field(ge=0)]
 
 
 class Input(BaseModel):
