@@ -102,6 +102,18 @@ def test_the_fastest_way_in_each_budget() -> None:
     assert "| 1.00 GiB |" in shown
 
 
+def test_a_compressed_way_has_to_be_clearly_faster() -> None:
+    def chosen(seconds: float) -> str:
+        ways = [
+            {"mode": level, "kind": "full", "level": level, "peak": 1, "time": {"median": time}}
+            for level, time in (("off", 1.0), ("slimfit", seconds))
+        ]
+        found: str = budgets.best(ways)[0]["full"]["way"]
+        return found
+
+    assert (chosen(0.97), chosen(0.9)) == ("off", "slimfit")
+
+
 def test_cosines_by_part() -> None:
     training = modes.build(MODES["full"], "bert", 4, 32, 0, "cpu")
     found = compare(training.model, [training.inputs])
