@@ -1,4 +1,4 @@
-"""``GradientSum`` against numpy: L1 norm of the vector sum, per block."""
+"""Statistics against numpy: L1 norm of the vector sum, per block; how far a step moved each layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from frostline.errors import ResumeError
-from frostline.statistics import GradientSum
+from frostline.statistics import GradientSum, WeightChange
 
 
 def _blocks(dtype: torch.dtype = torch.float32) -> dict[int, dict[str, nn.Parameter]]:
@@ -142,3 +142,34 @@ def test_round_trip() -> None:
         second.load({"z.weight": torch.zeros(2)}, 1, range(3))
     with pytest.raises(ResumeError, match=r"gradient sum of b\.weight: shape \(2,\), model \(5, 3\)"):
         second.load({"b.weight": torch.zeros(2)}, 1, range(3))
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (3000, 768), (2**21,)])
+@pytest.mark.parametrize("rows", [1.0, 0.05], ids=["all rows move", "few rows move"])
+def test_the_change_of_a_layer_is_that_of_all_of_its_values(shape: tuple[int, ...], rows: float) -> None:
+    """Of a large layer some values are compared, so that their copy is small."""
+    generator = np.random.default_rng(0)
+    layer = nn.Parameter(torch.tensor(generator.standard_normal(shape), dtype=torch.float32))
+    moved = torch.tensor(generator.standard_normal(shape), dtype=torch.float32) * 1e-3
+    moved *= torch.tensor(generator.random(shape[0]) < rows).view(-1, *[1] * (len(shape) - 1))
+    expected = float(moved.double().abs().sum() / layer.detach().double().abs().sum())
+    layer.grad = torch.ones_like(layer)
+    change = WeightChange({"layer": layer})
+    change.before()
+    kept = sum(copy.numel() for copy in change._before.values())
+    with torch.no_grad():
+        layer += moved
+    found = change.after()
+    assert found is not None
+    assert kept == layer.numel() or kept <= 2**19
+    assert found["layer"] == pytest.approx(expected, rel=1e-5 if kept == layer.numel() else 0.02)
+
+
+def test_large_layers_in_another_order_of_memory_are_compared_whole() -> None:
+    layer = nn.Parameter(torch.ones(2048, 1024).t())
+    layer.grad = torch.ones_like(layer)
+    change = WeightChange({"layer": layer})
+    change.before()
+    with torch.no_grad():
+        layer *= 1.5
+    assert change.after() == pytest.approx({"layer": 0.5})

@@ -15,7 +15,11 @@ from torch import nn
 from frostline.distributed.shards import local, parts_again, total, whole
 from frostline.errors import ResumeError
 
-__all__ = ["GradientSum", "Measurements", "WeightChange", "learning_rate"]
+__all__ = ["GradientSum", "Measurements", "WeightChange", "compared", "learning_rate"]
+
+# Values of a large layer that are compared, and how many times more it must have.
+_COMPARED = 1 << 18
+_WORTH_CHOOSING = 4
 
 
 class GradientSum:
@@ -116,7 +120,8 @@ class WeightChange:
     """How far an optimizer step moves each layer: sum |after - before| / sum |before| (SlimFit, algorithms.md 3.2).
 
     The published mean of |change / weight| divides by every zero there is; a ratio of norms does not. Only what trains
-    at the step is copied, so the cost is a copy of the active layers, for the length of the optimizer's own step.
+    at the step is copied, and of a large layer only some values (:func:`compared`), for the length of the optimizer's
+    own step.
 
     Args:
         layers: parameters by dotted path.
@@ -129,7 +134,7 @@ class WeightChange:
     @torch.no_grad()
     def before(self) -> None:
         """Remember the weights that the coming step changes: those that have a gradient."""
-        self._before = {name: local(p).detach().clone() for name, p in self._layers.items() if p.grad is not None}
+        self._before = {name: compared(p).clone() for name, p in self._layers.items() if p.grad is not None}
 
     @torch.no_grad()
     def after(self) -> dict[str, float] | None:
@@ -138,13 +143,26 @@ class WeightChange:
         copies, layers = list(before.values()), [self._layers[name] for name in before]
         sizes = _norms(copies)
         if copies:
-            torch._foreach_sub_(copies, [local(layer) for layer in layers])
+            torch._foreach_sub_(copies, [compared(layer) for layer in layers])
         numbers = total([*sizes, *_norms(copies)], [*layers, *layers])
         tiny = torch.finfo(torch.float32).tiny
         changes = [
             move / max(size, tiny) for size, move in zip(numbers[: len(sizes)], numbers[len(sizes) :], strict=True)
         ]
         return dict(zip(before, changes, strict=True)) if any(changes) or not changes else None
+
+
+def compared(parameter: torch.Tensor) -> torch.Tensor:
+    """The values of ``parameter`` by which its change is told: all of a small one, of a large one every n-th.
+
+    Some 2 ** 18 values tell a ratio of norms to a few parts in a thousand, or in a hundred where few rows of a table
+    move. All of them would be a copy of what trains: as much as its gradients.
+    """
+    values = local(parameter).detach()
+    step = values.numel() // _COMPARED
+    if step < _WORTH_CHOOSING or not values.is_contiguous():
+        return values
+    return values.view(-1)[:: step | 1]  # odd, so that the columns of a matrix take turns
 
 
 def _norms(tensors: Sequence[torch.Tensor]) -> list[float]:

@@ -24,6 +24,7 @@ from frostline.freezer import Freezer
 from frostline.memory.model import Bench, MemoryModel, OptimizerCost, Way, nbytes_of, optimizer_cost
 from frostline.policies.base import Decision, Policy
 from frostline.policies.registry import create
+from frostline.statistics import compared
 from frostline.trace import first_tensor
 
 __all__ = [
@@ -166,7 +167,11 @@ def freeze_heaviest(freezer: Freezer, policy: Policy[Any], sizes: Mapping[str, i
         held = sum(
             4 * p.numel() for name, p in trains.items() if p.requires_grad and isinstance(stack.owners[name], int)
         )
-    copies = 1 if "weight_change" in policy.needs else 0  # of what trains, for the length of the optimizer's step
+    copies = 0.0
+    if "weight_change" in policy.needs:  # for the length of the optimizer's step
+        active = [p for p in trains.values() if p.requires_grad]
+        copied = sum(values.numel() * values.element_size() for values in map(compared, active))
+        copies = copied / max(1, nbytes_of(active))
     return Frozen(OptimizerCost(cost.state, cost.step + copies), resting, held, asleep)
 
 
