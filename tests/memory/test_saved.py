@@ -343,7 +343,9 @@ def test_dropout_that_autocast_casts_is_not_taken_for_what_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [F.leaky_relu, F.relu6, F.hardtanh, lambda x: F.hardtanh(x, -0.3, max_val=0.4)], ids=str
+    "function",
+    [F.leaky_relu, F.relu6, F.hardtanh, lambda x: F.hardtanh(x, -0.3, max_val=0.4)],
+    ids=["leaky_relu", "relu6", "hardtanh", "hardtanh with other ends"],
 )
 def test_piecewise_linear_functions_have_exact_gradients_in_a_bit_each(function: Callable[[Tensor], Tensor]) -> None:
     """Values near a kink would land on its other side."""
