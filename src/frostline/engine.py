@@ -29,6 +29,7 @@ from frostline.policies.registry import create, validate
 from frostline.state import fingerprint, load_state, save_state
 from frostline.statistics import Measurements, learning_rate
 from frostline.summary import Summary
+from frostline.trace import is_compiled
 
 __all__ = ["Frostline"]
 
@@ -124,7 +125,7 @@ class Frostline:
             if level != "off":
                 self._compressor = Compressor(model, level, entries=_entries(model, blocks))
             return
-        compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+        compiled = is_compiled(model)
         self._max_changes = COMPILED_DEPTH_CHANGES if max_depth_changes is None and compiled else max_depth_changes
         self.stack = BlockStack.find(model, blocks)
         self._model_class = type(self.stack.model).__name__

@@ -21,6 +21,7 @@ __all__ = [
     "Call",
     "Trace",
     "first_tensor",
+    "is_compiled",
     "made_up_call",
     "random_state_kept",
     "replace_tensor",
@@ -28,6 +29,11 @@ __all__ = [
     "undisturbed",
     "unwrap",
 ]
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``model`` went through ``torch.compile``, as a wrapper or in place."""
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from frostline.memory.codebook import coded_activation
 from frostline.memory.levels import Level, level_named
 from frostline.memory.operations import Call, Role, Watch
 from frostline.memory.saved import Kept, Ledger, Shelf, is_small
-from frostline.trace import unwrap
+from frostline.trace import is_compiled, unwrap
 
 __all__ = ["Compressor", "compressing", "refuse_compiled"]
 
@@ -95,7 +95,7 @@ class compressing:
 
 def refuse_compiled(model: nn.Module) -> None:
     """Raises ModelError for a compiled model: its compiler decides what is saved."""
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+    if is_compiled(model):
         raise ModelError(
             "a compiled model is not compressed: its compiler decides what is saved; train it without torch.compile, "
             "or with memory level 'off'"

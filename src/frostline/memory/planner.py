@@ -17,12 +17,12 @@ from frostline.distributed import Buckets
 from frostline.errors import ConfigError
 from frostline.memory.model import PROBE_ROWS, Bench, MemoryModel, OptimizerCost, Way
 
-__all__ = ["BudgetError", "MemoryPlan", "candidates", "plan_memory"]
+__all__ = ["TELLS_APART", "BudgetError", "MemoryPlan", "candidates", "plan_memory"]
 
 # From more to less exact.
 _LADDER = ("safe", "slimfit", "max")
 # A way must be this much faster than a more exact one.
-_TELLS_APART = 0.95
+TELLS_APART = 0.95
 
 
 class BudgetError(ConfigError):
@@ -188,7 +188,7 @@ def _best(found: Sequence[Considered]) -> Considered:
     """The fastest; one that is less exact has to be clearly faster."""
     best = found[0]
     for other in found[1:]:
-        if other.seconds < _TELLS_APART * best.seconds:
+        if other.seconds < TELLS_APART * best.seconds:
             best = other
     return best
 
