@@ -2,8 +2,7 @@
 
     python benchmarks/interlayer.py --tasks trec    # one task: at most 40 minutes on two cores
     python benchmarks/interlayer.py                 # all that results/interlayer.json has not yet
-    python benchmarks/interlayer.py --share 0.5     # our ranking: writes results/interlayer-share-0.5.json
-    python benchmarks/interlayer.py --share 0.5 --ranking published    # results/interlayer-share-0.5-published.json
+    python benchmarks/interlayer.py --share 0.5     # another share: writes results/interlayer-share-0.5.json
 
 Each side has a learning rate of its own, tuned alike: the one with the best validation accuracy (then the least
 validation loss) among three, by a seed that is not compared; where the best is the highest or the lowest, the next one
@@ -15,7 +14,6 @@ where it stopped.
 
 With ``--share`` nothing is tuned: the runs of full fine-tuning are those of results/interlayer.json, and ours runs with
 the share that was given, at the geometric mean of the two rates that were found there. Its own best may do better.
-Layers are ranked as the policy does unless told otherwise; the tuned runs rank them as SlimFit does.
 """
 
 from __future__ import annotations
@@ -70,18 +68,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0..N-1 (default 3)")
     parser.add_argument("--at-once", type=int, default=2, help="runs at a time, a thread each (default 2)")
     parser.add_argument("--share", type=float, help="let this share rest, with the learning rates that were found")
-    parser.add_argument("--ranking", choices=("decline", "published"), default="decline", help="with --share")
     parser.add_argument("--out", type=Path, help="results file")
     options = parser.parse_args(arguments)
     tuned = RESULTS / "interlayer.json"
-    named = f"interlayer-share-{options.share or 0:g}{'-published' * (options.ranking == 'published')}.json"
-    out = options.out or (tuned if options.share is None else RESULTS / named)
+    out = options.out or (tuned if options.share is None else RESULTS / f"interlayer-share-{options.share:g}.json")
     report = _read(out)
     for name in options.tasks:
-        if options.share is None:
-            fresh = _fresh(name)
-        else:
-            fresh = _with_share(_read(tuned)["tasks"][name], options.share, options.ranking)
+        fresh = _fresh(name) if options.share is None else _with_share(_read(tuned)["tasks"][name], options.share)
         earlier = report["tasks"].get(name)
         found = earlier if earlier is not None and earlier["settings"] == fresh["settings"] else fresh
         report["tasks"][name] = found
@@ -105,7 +98,6 @@ def _fresh(name: str) -> dict[str, Any]:
         "changes": CHANGES,
         "rates": list(RATES[name]),
         "shares": list(SHARES["ours"]),
-        "ranking": "published",
         "tuning": [TUNING_SEED, MOST_BEYOND],
     }
     return {
@@ -121,11 +113,11 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def _with_share(tuned: dict[str, Any], share: float, ranking: str) -> dict[str, Any]:
-    """What is known of a task before ours has run otherwise than it was tuned."""
+def _with_share(tuned: dict[str, Any], share: float) -> dict[str, Any]:
+    """What is known of a task before ours has run with another share than the one that was tuned."""
     between = math.sqrt(tuned["rates"]["full"] * tuned["rates"]["ours"])
     return {
-        "settings": {**tuned["settings"], "shares": [share], "ranking": ranking, "tuning": None},
+        "settings": {**tuned["settings"], "shares": [share], "tuning": None},
         **made_by("interlayer.py", TUNING_SEED, accelerator()),
         "rates": {"full": tuned["rates"]["full"], "ours": float(f"{between:.3g}")},
         "at_the_end": tuned["at_the_end"],
@@ -134,10 +126,10 @@ def _with_share(tuned: dict[str, Any], share: float, ranking: str) -> dict[str, 
     }
 
 
-def _run(name: str, side: str, rate: float, seed: int, share: float, ranking: str) -> dict[str, Any]:
+def _run(name: str, side: str, rate: float, seed: int, share: float) -> dict[str, Any]:
     changes = [*TASKS[name], *BOTH, *CHANGES[side], f"training.learning_rate={rate}"]
     if share:
-        changes.append(f"freeze={{policy: interlayer, share: {share}, ranking: {ranking}}}")
+        changes.append(f"freeze={{policy: interlayer, share: {share}}}")
     return one_run(name, changes, seed, 1)
 
 
@@ -153,7 +145,7 @@ def tune(found: dict[str, Any], name: str, at_once: int, save: Any) -> None:
         save()
 
     while missing := {
-        (side, share, rate): (name, side, rate, TUNING_SEED, share, found["settings"]["ranking"])
+        (side, share, rate): (name, side, rate, TUNING_SEED, share)
         for side in SIDES
         for share in SHARES[side]
         for rate in _wanted(tried(side, share), RATES[name])
@@ -195,7 +187,7 @@ def measure(found: dict[str, Any], name: str, seeds: int, at_once: int, save: An
 
     known = {(run["side"], run["seed"]) for run in found["runs"]}
     jobs = {
-        (side, seed): (name, side, found["rates"][side], seed, found["shares"][side], found["settings"]["ranking"])
+        (side, seed): (name, side, found["rates"][side], seed, found["shares"][side])
         for seed in range(seeds)
         for side in SIDES
         if (side, seed) not in known

@@ -315,7 +315,6 @@ def interlayer(report: dict[str, Any]) -> Iterable[str]:
     yield ""
     last = list(tasks.values())[-1]
     share = "" if last["settings"]["tuning"] else f" --share {last['shares']['ours']:g}"
-    share += " --ranking published" * (share != "" and last["settings"]["ranking"] == "published")
     yield machine({**last, "command": f"python benchmarks/interlayer.py{share}"})
 
 

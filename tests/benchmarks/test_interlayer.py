@@ -22,18 +22,16 @@ class Lab:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, best: Mapping[str, float], *, dies_after: int = 10**9) -> None:
         self.best, self.left = best, dies_after
         self.ran: list[tuple[str, float, int, float]] = []
-        self.rankings: set[tuple[float, str]] = set()
         monkeypatch.setattr(interlayer, "abreast", self.abreast)
 
     def abreast(
         self, function: Any, jobs: Mapping[Any, Any], done: Callable[[Any, Any], None], *, at_once: int
     ) -> None:
-        for key, (_, side, rate, seed, share, ranking) in jobs.items():
+        for key, (_, side, rate, seed, share) in jobs.items():
             if not self.left:
                 raise KeyboardInterrupt
             self.left -= 1
             self.ran.append((side, rate, seed, share))
-            self.rankings.add((share, ranking))
             done(key, self.run(side, rate, seed, share))
 
     def run(self, side: str, rate: float, seed: int, share: float) -> dict[str, Any]:
@@ -64,24 +62,6 @@ def test_rates_are_tuned_beyond_the_grid_where_the_best_lies_at_its_end(
     assert {seed for _, _, seed, _ in lab.ran[:14]} == {interlayer.TUNING_SEED}
     assert [seed for _, _, seed, _ in lab.ran[14:]] == [0, 0, 1, 1, 2, 2]
     assert {share for side, _, _, share in lab.ran[14:] if side == "ours"} == {0.75}
-
-
-@pytest.mark.parametrize("ranking", ["decline", "published"])
-def test_another_share_runs_beside_the_full_runs_that_are_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranking: str
-) -> None:
-    monkeypatch.setattr(interlayer, "RESULTS", tmp_path)
-    Lab(monkeypatch, {"full": 1e-4, "ours": 4e-4})
-    interlayer.main(["--tasks", "trec"])
-    lab = Lab(monkeypatch, {"full": 1e-4, "ours": 4e-4})
-    interlayer.main(["--tasks", "trec", "--share", "0.5", "--ranking", ranking])
-    assert lab.ran == [("ours", 2e-4, seed, 0.5) for seed in range(3)]
-    assert lab.rankings == {(0.5, ranking)}
-    suffix = "-published" * (ranking == "published")
-    report = json.loads((tmp_path / f"interlayer-share-0.5{suffix}.json").read_text())
-    assert len(report["tasks"]["trec"]["comparison"]["loss_points"]["per_seed"]) == 3
-    command = f"interlayer.py --share 0.5{' --ranking published' * bool(suffix)}`"
-    assert command in "\n".join(interlayer_table(report))
 
 
 def test_a_tie_goes_to_the_smaller_loss() -> None:

@@ -64,7 +64,7 @@ def test_what_rests_does_not_move_and_what_trains_does(architecture: Architectur
         changed = moved(before, parameters(job.model))
         assert not changed & resting
         assert changed - resting, "nothing trained"
-    assert len(seen) >= STEPS // 2, "the policy did not change its mind"
+    assert len(seen) > STEPS // 2, "the policy did not change its mind"
     trained = set(job.frost.policy.distances)  # type: ignore[attr-defined]
     assert len(trained) >= 0.9 * len(job.frost.policy.layers)  # type: ignore[attr-defined]
     job.frost.finish()

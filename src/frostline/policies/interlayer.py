@@ -6,17 +6,15 @@ others train, and only what trained is measured again. A resting layer keeps its
 as those that train have fallen below it. What was never trained outranks everything: each layer is visited once first,
 in seeded random order.
 
-What counts as moving least is ours (``ranking="decline"``): a layer's distance over its own first one, both for one
-unit of learning rate. Adam moves all weights by about the learning rate, so that a relative change tells how small a
-layer's weights are, not how far it has converged: ranked by it, the same third of minilm's matrices trains at nearly
-all steps (20newsgroups, share 0.5), the norms and the word embeddings at one in a hundred. What a layer moves of what
-it moved at first is near 1 while its gradients agree with each other, and falls once they are noise.
+Other than in the released code the distance is a ratio of norms (zeros divide nothing), an update that was skipped is
+no update, and the head is not scheduled unless asked for. And the learning rate may rise: a distance counts for what it
+would be at today's rate, if that is more than it was. As published, the layers that are visited first would come last
+because the rate was still warming up (minilm on trec, AdamW, 25 of 250 steps: some trained a fifth as often). Without a
+warm-up nothing is different.
 
-``ranking="published"`` compares the distances themselves. Other than in the released code a distance is a ratio of
-norms (zeros divide nothing), an update that was skipped is no update, and the head is not scheduled unless asked for.
-And the learning rate may rise: a distance counts for what it would be at today's rate, if that is more than it was. As
-published, the layers that are visited first would come last because the rate was still warming up (minilm on trec,
-AdamW, 25 of 250 steps: some trained a fifth as often). Without a warm-up nothing is different.
+Under Adam, which moves all weights by about the learning rate, layers are in effect ranked by how small their weights
+are: most of those that train go on training, and norms and word embeddings seldom come back. Ranked by how much less a
+layer moves than it did at first, they do, and in five short trainings more accuracy was lost (docs/evidence.md).
 
 Beyond the paper, a frost line may rise below the layers that take turns (``line``): the blocks under it are frozen,
 cost no backward pass and may be cached, and the share that rests is one of the layers above it. Only schedules can set
@@ -27,7 +25,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import ValidationError, field_validator
@@ -39,8 +37,6 @@ from frostline.policies.static import Static
 
 __all__ = ["Interlayer", "InterlayerOptions"]
 
-# More than this is no first distance: weights that begin at zero (an adapter's) move infinitely far at first.
-_FARTHEST = 1.0
 # What ``auto`` chooses from.
 _SHARES = (0.5, 0.75, 0.9, 0.95)
 _LINES: dict[str, type[Policy[Any]]] = {policy.name: policy for policy in (Static, Ramp)}
@@ -53,14 +49,11 @@ class InterlayerOptions(PolicyOptions):
     that loses half as much accuracy as 0.75 does (README, Measured), and where activations are compressed, resting more
     of them saves few bytes.
     With a memory budget ``share`` may be ``auto``: the least of four shares that can be made to fit.
-    ``ranking``: what moves least is what moves less than it did at first (``decline``), or less than others do, in
-    proportion to its weights (``published``, as SlimFit has it).
     ``moments``: optimizer moments of resting layers are kept (as published), dropped, or paged to the host's memory.
     ``line``: a frost line below them, as ``{policy: static, depth: 2}`` or ``{policy: ramp, start: 0.3}``.
     """
 
     share: float | Literal["auto"] = 0.5
-    ranking: Literal["decline", "published"] = "decline"
     biases: bool = True
     head: bool = True
     moments: Moments = "keep"
@@ -123,7 +116,6 @@ class Interlayer(Policy[InterlayerOptions]):
         self._schedule()
         self.distances: dict[str, float] = {}
         self._rates: dict[str, float] = {}  # the learning rates at which they were measured
-        self._firsts: dict[str, float] = {}  # the first distance of each layer, for one unit of learning rate
         self._rate: float | None = None
         self._active: list[str] = []
         self._line: Policy[Any] | None = None
@@ -160,31 +152,27 @@ class Interlayer(Policy[InterlayerOptions]):
             trained = self._active if seen.depth == self._depth else [p for p in self.layers if p in seen.changes]
             for path in trained:
                 # A layer that is not used (an expert without tokens) counts as visited, and keeps what it had.
-                self.distances.setdefault(path, 0.0)
-                if path in seen.changes:
-                    self._measured(path, seen.changes[path], seen.learning_rate)
+                self.distances[path] = seen.changes.get(path, self.distances.get(path, 0.0))
+                if path in seen.changes and seen.learning_rate is not None:
+                    self._rates[path] = seen.learning_rate
             self._rate = seen.learning_rate
         decision = self._next(self._depth_after(seen))
-        above = self._above(self._depth)
+        above = self._above()
         return decision, Explained(
             f"{len(self._active)} of {len(above)} layers train; "
             f"{sum(path not in self.distances for path in above)} were never trained"
         )
 
-    def _measured(self, path: str, distance: float, rate: float | None) -> None:
-        self.distances[path] = distance
-        if rate is not None:
-            self._rates[path] = rate
-        if 0.0 < distance <= _FARTHEST:
-            self._firsts.setdefault(path, distance / (rate or 1.0))
-
     def heaviest(self, sizes: Mapping[str, int]) -> Decision:
         """Those layers train that take most; the lowest too, down to which the others have to keep what they need."""
-        depth = self._line.start().depth if self._line is not None else 0
-        weights = {path: float(sizes[path]) for path in self.layers}
+        distances, self.distances = self.distances, {path: float(sizes[path]) for path in self.layers}
+        rate, self._rate = self._rate, None
         if not self.options.biases:
-            weights[self._above(depth)[0]] = math.inf
-        return self._next(depth, weights.__getitem__)
+            self._next(self._line.start().depth if self._line is not None else 0)
+            self.distances[self._above()[0]] = math.inf
+        decision = self.start()
+        self.distances, self._rate = distances, rate
+        return decision
 
     @property
     def moments(self) -> Moments:
@@ -199,34 +187,30 @@ class Interlayer(Policy[InterlayerOptions]):
         self._asked = times
         return self._line.decide(seen)[0].depth
 
-    def _next(self, depth: int, claim: Callable[[str], float] | None = None) -> Decision:
-        """Those with the least claim rest; the seeded order settles ties."""
+    def _next(self, depth: int) -> Decision:
         self._depth = depth
-        claim = claim or self._claim
-        ranked = sorted(self._above(depth), key=lambda path: (claim(path), self._order[path]))
+        ranked = sorted(self._above(), key=self._rank)
         count = int(self.share * len(ranked))
         resting, self._active = set(ranked[:count]), ranked[count:]
         if not self.options.biases:
             resting.update(self._biases(resting))
         return Decision(depth, frozenset(resting))
 
-    def _above(self, depth: int) -> list[str]:
+    def _above(self) -> list[str]:
         """The layers above the frost line."""
-        if not depth:
+        if not self._depth:
             return self.layers
         depths = dict(zip(self.plan.layer_paths, self.plan.layer_depths, strict=True))
-        return [path for path in self.layers if not 0 < depths[path] <= depth]
+        return [path for path in self.layers if not 0 < depths[path] <= self._depth]
 
-    def _claim(self, path: str) -> float:
-        """How much a layer is still to train: without bound where it never did."""
-        if path not in self.distances:
-            return math.inf
-        distance, then = self.distances[path], self._rates.get(path)
-        if self.options.ranking == "decline":
-            first = self._firsts.get(path)
-            return distance / (then or 1.0) / first if first else distance
-        # How many times larger the learning rate is than when the layer last trained, at least 1.
-        return distance * max(1.0, self._rate / then if then and self._rate is not None else 1.0)
+    def _rank(self, path: str) -> tuple[bool, float, int]:
+        """What moved least comes first, what was never trained last; the seeded order settles ties."""
+        return path not in self.distances, self.distances.get(path, 0.0) * self._risen(path), self._order[path]
+
+    def _risen(self, path: str) -> float:
+        """How many times larger the learning rate is than when the layer last trained; at least 1."""
+        then = self._rates.get(path)
+        return max(1.0, self._rate / then) if then and self._rate is not None else 1.0
 
     def _biases(self, resting: set[str]) -> set[str]:
         """The biases that stand beside resting weights."""
@@ -237,7 +221,6 @@ class Interlayer(Policy[InterlayerOptions]):
         return {
             "distances": dict(self.distances),
             "rates": dict(self._rates),
-            "firsts": dict(self._firsts),
             "rate": self._rate,
             "asked": self._asked,
             "depth": self._depth,
@@ -246,7 +229,6 @@ class Interlayer(Policy[InterlayerOptions]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.distances = {str(path): float(distance) for path, distance in state["distances"].items()}
         self._rates = {str(path): float(rate) for path, rate in state["rates"].items()}
-        self._firsts = {str(path): float(first) for path, first in state["firsts"].items()}
         self._rate = state["rate"]
         self._asked = int(state["asked"])
         self._next(int(state["depth"]))
