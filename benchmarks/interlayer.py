@@ -3,6 +3,7 @@
     python benchmarks/interlayer.py --tasks trec    # one task: at most 40 minutes on two cores
     python benchmarks/interlayer.py                 # all that results/interlayer.json has not yet
     python benchmarks/interlayer.py --share 0.5     # another share: writes results/interlayer-share-0.5.json
+    python benchmarks/interlayer.py --share 0.34 --within kind    # results/interlayer-share-0.34-kind.json
 
 Each side has a learning rate of its own, tuned alike: the one with the best validation accuracy (then the least
 validation loss) among three, by a seed that is not compared; where the best is the highest or the lowest, the next one
@@ -68,13 +69,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0..N-1 (default 3)")
     parser.add_argument("--at-once", type=int, default=2, help="runs at a time, a thread each (default 2)")
     parser.add_argument("--share", type=float, help="let this share rest, with the learning rates that were found")
+    parser.add_argument("--within", choices=("model", "kind"), default="model", help="ranked together (default model)")
     parser.add_argument("--out", type=Path, help="results file")
     options = parser.parse_args(arguments)
+    if options.share is None and options.within != "model":
+        parser.error("--within kind goes with --share")
     tuned = RESULTS / "interlayer.json"
-    out = options.out or (tuned if options.share is None else RESULTS / f"interlayer-share-{options.share:g}.json")
+    out = options.out or (tuned if options.share is None else RESULTS / _name(options.share, options.within))
     report = _read(out)
     for name in options.tasks:
-        fresh = _fresh(name) if options.share is None else _with_share(_read(tuned)["tasks"][name], options.share)
+        fresh = _fresh(name) if options.share is None else _with_share(_read(tuned)["tasks"][name], options)
         earlier = report["tasks"].get(name)
         found = earlier if earlier is not None and earlier["settings"] == fresh["settings"] else fresh
         report["tasks"][name] = found
@@ -113,23 +117,32 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def _with_share(tuned: dict[str, Any], share: float) -> dict[str, Any]:
+def _name(share: float, within: str) -> str:
+    return f"interlayer-share-{share:g}{'-kind' * (within == 'kind')}.json"
+
+
+def _with_share(tuned: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """What is known of a task before ours has run with another share than the one that was tuned."""
     between = math.sqrt(tuned["rates"]["full"] * tuned["rates"]["ours"])
     return {
-        "settings": {**tuned["settings"], "shares": [share], "tuning": None},
+        "settings": {
+            **tuned["settings"],
+            "shares": [options.share],
+            "tuning": None,
+            **({"within": options.within} if options.within != "model" else {}),
+        },
         **made_by("interlayer.py", TUNING_SEED, accelerator()),
         "rates": {"full": tuned["rates"]["full"], "ours": float(f"{between:.3g}")},
         "at_the_end": tuned["at_the_end"],
-        "shares": {"full": 0.0, "ours": share},
+        "shares": {"full": 0.0, "ours": options.share},
         "runs": [run for run in tuned["runs"] if run["side"] == "full"],
     }
 
 
-def _run(name: str, side: str, rate: float, seed: int, share: float) -> dict[str, Any]:
+def _run(name: str, side: str, rate: float, seed: int, share: float, within: str = "model") -> dict[str, Any]:
     changes = [*TASKS[name], *BOTH, *CHANGES[side], f"training.learning_rate={rate}"]
     if share:
-        changes.append(f"freeze={{policy: interlayer, share: {share}}}")
+        changes.append(f"freeze={{policy: interlayer, share: {share}, within: {within}}}")
     return one_run(name, changes, seed, 1)
 
 
@@ -187,7 +200,14 @@ def measure(found: dict[str, Any], name: str, seeds: int, at_once: int, save: An
 
     known = {(run["side"], run["seed"]) for run in found["runs"]}
     jobs = {
-        (side, seed): (name, side, found["rates"][side], seed, found["shares"][side])
+        (side, seed): (
+            name,
+            side,
+            found["rates"][side],
+            seed,
+            found["shares"][side],
+            found["settings"].get("within", "model"),
+        )
         for seed in range(seeds)
         for side in SIDES
         if (side, seed) not in known

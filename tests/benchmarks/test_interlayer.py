@@ -27,7 +27,7 @@ class Lab:
     def abreast(
         self, function: Any, jobs: Mapping[Any, Any], done: Callable[[Any, Any], None], *, at_once: int
     ) -> None:
-        for key, (_, side, rate, seed, share) in jobs.items():
+        for key, (_, side, rate, seed, share, *_) in jobs.items():
             if not self.left:
                 raise KeyboardInterrupt
             self.left -= 1

@@ -22,7 +22,8 @@ def layered() -> Plan:
 
 
 def build(**options: object) -> Interlayer:
-    policy = create("interlayer", options, layered())
+    """Ranked as published, all layers against each other, unless asked otherwise."""
+    policy = create("interlayer", {"within": "model", **options}, layered())
     assert isinstance(policy, Interlayer)
     return policy
 
@@ -96,6 +97,39 @@ def test_a_rate_that_falls_ranks_layers_as_published() -> None:
         observed = replace(seen(None), changes=changes)
         decision, _ = policy.decide(replace(observed, learning_rate=rate))
         assert decision.resting == published.decide(observed)[0].resting
+
+
+@pytest.mark.parametrize(("share", "rest"), [(0.5, 2), (0.75, 3), (0.9, 3)])
+def test_like_is_ranked_with_like(share: float, rest: int) -> None:
+    """Matrices move a hundred times as far as the norms beside them: of either kind as many rest."""
+    policy = create("interlayer", {"share": share}, layered())
+    decision = policy.start()
+    trained: set[str] = set()
+    for _ in range(8):
+        for kind in ("linear", "norm"):
+            assert len([path for path in decision.resting if path.endswith(f"{kind}.weight")]) == rest
+        assert "stem.table.weight" not in decision.resting, "nothing else is like it"
+        trained |= training(decision)
+        changes = {path: 100.0 if "linear" in path else 1.0 for path in training(decision)}
+        decision, _ = policy.decide(replace(seen(None), changes=changes))
+    assert trained == set(LAYERS), "each is visited first"
+
+
+def test_of_a_kind_those_that_move_least_rest() -> None:
+    policy = create("interlayer", {"share": 0.5}, layered())
+    distances = {path: float(path[5]) if path.startswith("body") else 0.0 for path in LAYERS}
+    policy.load_state_dict({"distances": distances, "rates": {}, "rate": None, "asked": 0, "depth": 0})
+    above = {path for path in LAYERS if path.startswith(("body.2.", "body.3."))}
+    assert training(policy.start()) == above | {"stem.table.weight"}
+
+
+def test_blocks_ten_and_one_are_told_apart() -> None:
+    """``body.1`` begins ``body.10`` as well."""
+    layers = tuple(f"body.{i}.weight" for i in range(12))
+    decision = create(
+        "interlayer", {"share": 0.75}, replace(plan(12), layer_paths=layers, layer_depths=tuple(range(1, 13)))
+    ).start()
+    assert len(decision.resting) == 9
 
 
 def test_a_step_that_was_skipped_changes_nothing() -> None:

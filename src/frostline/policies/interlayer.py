@@ -1,20 +1,22 @@
 """Policy ``interlayer``: SlimFit's inter-layer scheduling (arXiv 2305.18513; algorithms.md 3.2).
 
 At every optimizer step most layers rest. A *layer* here is one tensor of weights: a matrix, an embedding table, the
-weight of a normalisation. Each is known by how far its last update moved it; the ``share`` that moved least rests, the
-others train, and only what trained is measured again. A resting layer keeps its old distance, so it comes back as soon
-as those that train have fallen below it. What was never trained outranks everything: each layer is visited once first,
-in seeded random order.
+weight of a normalisation. Each is known by how far its last update moved it. Of those of a kind the ``share`` that
+moved least rests, the others train, and only what trained is measured again. A resting layer keeps its old distance, so
+it comes back as soon as those that train have fallen below it. What was never trained outranks everything: each layer
+is visited once first, in seeded random order.
+
+SlimFit ranks all layers of the model against each other (``within: model``). But Adam moves all weights by about the
+learning rate, so that distances are in effect sizes of weights: half at rest are, in an EfficientNet, the 48
+normalisations and hardly one of the 48 convolutions, which saves nothing; in BERT the normalisations, the word
+embeddings, and a third of the matrices (docs/evidence.md). Here like is ranked with like, unless asked otherwise: a
+kind is what stands at the same place in each block. What has no like (an embedding table) trains at every step.
 
 Other than in the released code the distance is a ratio of norms (zeros divide nothing), an update that was skipped is
 no update, and the head is not scheduled unless asked for. And the learning rate may rise: a distance counts for what it
 would be at today's rate, if that is more than it was. As published, the layers that are visited first would come last
 because the rate was still warming up (minilm on trec, AdamW, 25 of 250 steps: some trained a fifth as often). Without a
 warm-up nothing is different.
-
-Under Adam, which moves all weights by about the learning rate, layers are in effect ranked by how small their weights
-are: most of those that train go on training, and norms and word embeddings seldom come back. Ranked by how much less a
-layer moves than it did at first, they do, and in five short trainings more accuracy was lost (docs/evidence.md).
 
 Beyond the paper, a frost line may rise below the layers that take turns (``line``): the blocks under it are frozen,
 cost no backward pass and may be cached, and the share that rests is one of the layers above it. Only schedules can set
@@ -25,6 +27,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -45,6 +48,9 @@ _LINES: dict[str, type[Policy[Any]]] = {policy.name: policy for policy in (Stati
 class InterlayerOptions(PolicyOptions):
     """``share`` (F) of the layers rests at each step; ``biases`` and ``head`` always train unless switched off.
 
+    ``within``: which layers are ranked together: those of a ``kind``, or all in the ``model``, as published. One of
+    each kind always trains, so that of six blocks five rest at most, whatever the share.
+
     Published shares are 0.75 to 0.95. Here half of the layers rest unless another share is given: in short trainings
     that loses half as much accuracy as 0.75 does (README, Measured), and where activations are compressed, resting more
     of them saves few bytes.
@@ -54,6 +60,7 @@ class InterlayerOptions(PolicyOptions):
     """
 
     share: float | Literal["auto"] = 0.5
+    within: Literal["kind", "model"] = "kind"
     biases: bool = True
     head: bool = True
     moments: Moments = "keep"
@@ -132,6 +139,14 @@ class Interlayer(Policy[InterlayerOptions]):
             raise ConfigError("policy 'interlayer': the model has no layers that it could let rest")
         shuffled = random.Random(f"{self.options.seed}").sample(self.layers, len(self.layers))
         self._order = {path: place for place, path in enumerate(shuffled)}
+        self._kinds = {path: self._kind(path) for path in self.layers}
+
+    def _kind(self, path: str) -> str:
+        """Which layers it is ranked with: the path within its block; outside of the blocks nothing else is like it."""
+        if self.options.within == "model":
+            return ""
+        blocks = (block for block in self.plan.block_paths if path.startswith(f"{block}."))
+        return next((path.removeprefix(block) for block in blocks), path)
 
     def replan(self, plan: Plan, decision: Decision) -> Decision:
         super().replan(plan, decision)
@@ -189,9 +204,11 @@ class Interlayer(Policy[InterlayerOptions]):
 
     def _next(self, depth: int) -> Decision:
         self._depth = depth
-        ranked = sorted(self._above(), key=self._rank)
-        count = int(self.share * len(ranked))
-        resting, self._active = set(ranked[:count]), ranked[count:]
+        alike: dict[str, list[str]] = defaultdict(list)
+        for path in sorted(self._above(), key=self._rank):
+            alike[self._kinds[path]].append(path)
+        resting = {path for ranked in alike.values() for path in ranked[: int(self.share * len(ranked))]}
+        self._active = [path for path in self._above() if path not in resting]
         if not self.options.biases:
             resting.update(self._biases(resting))
         return Decision(depth, frozenset(resting))
