@@ -53,9 +53,10 @@ class Job:
 _PAIRS = [(a, "adamw") for a in ARCHITECTURES] + [(BY_NAME["bert"], o) for o in OPTIMIZERS if o != "adamw"]
 
 
+@pytest.mark.parametrize("within", ["kind", "model"])
 @pytest.mark.parametrize(("architecture", "optimizer"), _PAIRS, ids=[f"{a.name}-{o}" for a, o in _PAIRS])
-def test_what_rests_does_not_move_and_what_trains_does(architecture: Architecture, optimizer: str) -> None:
-    job = Job(architecture, optimizer)
+def test_what_rests_does_not_move_and_what_trains_does(architecture: Architecture, optimizer: str, within: str) -> None:
+    job = Job(architecture, optimizer, within=within)
     seen: set[frozenset[str]] = set()
     for _ in range(STEPS):
         resting, before = job.resting, parameters(job.model)
@@ -64,7 +65,8 @@ def test_what_rests_does_not_move_and_what_trains_does(architecture: Architectur
         changed = moved(before, parameters(job.model))
         assert not changed & resting
         assert changed - resting, "nothing trained"
-    assert len(seen) > STEPS // 2, "the policy did not change its mind"
+    # Among few of a kind the one that moves most may do so at every step.
+    assert len(seen) > (STEPS // 2 if within == "model" else 1), "the policy did not change its mind"
     trained = set(job.frost.policy.distances)  # type: ignore[attr-defined]
     assert len(trained) >= 0.9 * len(job.frost.policy.layers)  # type: ignore[attr-defined]
     job.frost.finish()
@@ -131,7 +133,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
 
 def test_a_move_that_is_refused_changes_nothing_of_what_rests() -> None:
-    job = Job(BY_NAME["bert"], share=0.5, line=RISING, max_depth_changes=0)
+    job = Job(BY_NAME["bert"], share=0.5, within="model", line=RISING, max_depth_changes=0)
     for _ in range(STEPS):
         job.step()
         assert job.frost.depth == 0

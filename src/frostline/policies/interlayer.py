@@ -10,7 +10,8 @@ SlimFit ranks all layers of the model against each other (``within: model``). Bu
 learning rate, so that distances are in effect sizes of weights: half at rest are, in an EfficientNet, the 48
 normalisations and hardly one of the 48 convolutions, which saves nothing; in BERT the normalisations, the word
 embeddings, and a third of the matrices (docs/evidence.md). Here like is ranked with like, unless asked otherwise: a
-kind is what stands at the same place in each block. What has no like (an embedding table) trains at every step.
+kind is what stands at the same place in each block. What stands outside of them (an embedding table) is its own kind,
+and trains at every step.
 
 Other than in the released code the distance is a ratio of norms (zeros divide nothing), an update that was skipped is
 no update, and the head is not scheduled unless asked for. And the learning rate may rise: a distance counts for what it
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -139,14 +140,19 @@ class Interlayer(Policy[InterlayerOptions]):
             raise ConfigError("policy 'interlayer': the model has no layers that it could let rest")
         shuffled = random.Random(f"{self.options.seed}").sample(self.layers, len(self.layers))
         self._order = {path: place for place, path in enumerate(shuffled)}
-        self._kinds = {path: self._kind(path) for path in self.layers}
+        self._kinds = self._alike()
 
-    def _kind(self, path: str) -> str:
-        """Which layers it is ranked with: the path within its block; outside of the blocks nothing else is like it."""
+    def _alike(self) -> dict[str, str]:
+        """Of each layer, which others it is ranked with."""
         if self.options.within == "model":
-            return ""
-        blocks = (block for block in self.plan.block_paths if path.startswith(f"{block}."))
-        return next((path.removeprefix(block) for block in blocks), path)
+            return dict.fromkeys(self.layers, "")
+        places: dict[str, str] = {}
+        for path in self.layers:
+            block = next((block for block in self.plan.block_paths if path.startswith(f"{block}.")), None)
+            places[path] = path if block is None else path.removeprefix(block)
+        many = Counter(places.values())
+        # In blocks that have nothing in common all are ranked together: else nothing would ever rest.
+        return {path: place if many[place] > 1 or place == path else "" for path, place in places.items()}
 
     def replan(self, plan: Plan, decision: Decision) -> Decision:
         super().replan(plan, decision)
