@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from benchmarks.abreast import abreast
-from benchmarks.table import drift as drift_table
-from benchmarks.table import interlayer as interlayer_table
+from benchmarks.memory_tables import drift as drift_table
+from benchmarks.memory_tables import interlayer as interlayer_table
 
 from benchmarks import drift, interlayer
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from benchmarks.gradients import compare
 from benchmarks.memory import main, measure_memory, measure_time
+from benchmarks.memory_tables import budgets as budget_table
+from benchmarks.memory_tables import gradients, memory, memory_time
 from benchmarks.modes import MODES
-from benchmarks.table import budgets as budget_table
-from benchmarks.table import gradients, memory, memory_time
 
 from benchmarks import budgets, modes
 from tests.memory.steps import everything_packs
