@@ -16,7 +16,7 @@ from frostline.memory import Compressor
 
 __all__ = ["MODES", "Mode", "Training", "build"]
 
-# SlimFit's F: of BERT-base's 102 schedulable tensors 91 rest at a step.
+# SlimFit's F, ranked as published: of BERT-base's 102 schedulable tensors 91 rest at a step.
 RESTING = 0.9
 _LORA_RANK = 8
 # Steps after which a cache of one batch must be full.
@@ -36,6 +36,7 @@ class Mode:
         frozen: share of the blocks below the frost line.
         cached: whether what comes out of them is kept in host memory.
         resting: share of the layers above it that rest at each step (policy ``interlayer``).
+        within: which layers are ranked together, ``model`` (as published) or ``kind``.
         level: of compression.
         moments: optimizer moments of all weights, or of those that train at the step.
         parts: micro-batches in a step.
@@ -49,6 +50,7 @@ class Mode:
     frozen: float = 0.0
     cached: bool = False
     resting: float = 0.0
+    within: str = "model"
     level: str = "off"
     moments: str = "all"
     parts: int = 1
@@ -66,8 +68,12 @@ _LORA = Mode("LoRA r=8", lora=True)
 _PREFIX = Mode("half frozen", frozen=0.5)
 _CACHED = Mode("half frozen, cached", frozen=0.5, cached=True)
 _RESTING = Mode("resting 0.9", resting=RESTING)
-_UNASKED = Mode("resting 0.5", resting=0.5)  # what policy ``interlayer`` takes unasked
+_KINDS = Mode("resting 0.9 of each kind", resting=RESTING, within="kind")
+_UNASKED = Mode("resting 0.34 of each kind", resting=0.34, within="kind")  # what policy ``interlayer`` takes unasked
 _ACTIVE = Mode("resting 0.9, moments of active layers", resting=RESTING, moments="active")
+_ACTIVE_KINDS = Mode(
+    "resting 0.9 of each kind, moments of active layers", resting=RESTING, within="kind", moments="active"
+)
 
 MODES: dict[str, Mode] = {
     mode.name: mode
@@ -85,7 +91,7 @@ MODES: dict[str, Mode] = {
         *(_FULL.compressed(level) for level in ("safe", "slimfit", "max")),
         *(_RESTING.compressed(level) for level in ("safe", "slimfit", "published", "max")),
         *(_ACTIVE.compressed(level) for level in ("slimfit", "max")),
-        _UNASKED.compressed("slimfit"),
+        *(mode.compressed("slimfit") for mode in (_UNASKED, _KINDS, _ACTIVE_KINDS)),
         *(_PREFIX.compressed(level) for level in ("slimfit", "max")),
         *(_LORA.compressed(level) for level in ("slimfit", "max")),
     )
@@ -135,7 +141,10 @@ class Training:
             options: dict[str, Any] = line
             if mode.resting:
                 moments = "drop" if mode.moments == "active" else "keep"
-                options = {"policy": "interlayer", "share": mode.resting, "seed": seed, "moments": moments}
+                options = {
+                    "policy": "interlayer", "share": mode.resting, "within": mode.within, "seed": seed,
+                    "moments": moments,
+                }  # fmt: skip
                 options |= {"line": line} if mode.frozen else {}
             self.frost = Frostline(
                 self.model, self.optimizer, cache="memory" if mode.cached else "off", steps_per_epoch=1, epochs=10_000,

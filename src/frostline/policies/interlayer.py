@@ -42,7 +42,7 @@ from frostline.policies.static import Static
 __all__ = ["Interlayer", "InterlayerOptions"]
 
 # What ``auto`` chooses from.
-_SHARES = (0.5, 0.75, 0.9, 0.95)
+_SHARES = (0.34, 0.5, 0.75, 0.9, 0.95)
 _LINES: dict[str, type[Policy[Any]]] = {policy.name: policy for policy in (Static, Ramp)}
 
 
@@ -52,15 +52,15 @@ class InterlayerOptions(PolicyOptions):
     ``within``: which layers are ranked together: those of a ``kind``, or all in the ``model``, as published. One of
     each kind always trains, so that of six blocks five rest at most, whatever the share.
 
-    Published shares are 0.75 to 0.95. Here half of the layers rest unless another share is given: in short trainings
-    that loses half as much accuracy as 0.75 does (README, Measured), and where activations are compressed, resting more
-    of them saves few bytes.
-    With a memory budget ``share`` may be ``auto``: the least of four shares that can be made to fit.
+    Published shares are 0.75 to 0.95, of all layers. Here a third of each kind rests unless another share is given:
+    in short trainings larger ones cost more accuracy (README, Measured), and where activations are compressed, resting
+    more layers saves few bytes.
+    With a memory budget ``share`` may be ``auto``: the least of five shares that can be made to fit.
     ``moments``: optimizer moments of resting layers are kept (as published), dropped, or paged to the host's memory.
     ``line``: a frost line below them, as ``{policy: static, depth: 2}`` or ``{policy: ramp, start: 0.3}``.
     """
 
-    share: float | Literal["auto"] = 0.5
+    share: float | Literal["auto"] = 0.34
     within: Literal["kind", "model"] = "kind"
     biases: bool = True
     head: bool = True
