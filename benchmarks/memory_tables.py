@@ -108,7 +108,10 @@ def _by_what(way: str, kind: str) -> str:
 def interlayer(report: dict[str, Any]) -> Iterable[str]:
     """What ``interlayer.py`` measured."""
     tasks, pooled = report["tasks"], report["pooled"]
-    yield "SlimFit (layers rest at each step, activations compressed) against full fine-tuning:\n"
+    last = list(tasks.values())[-1]
+    kinds = last["settings"].get("within") == "kind"
+    ranked = "a share of each kind of layers" if kinds else "a share of all layers, as published,"
+    yield f"SlimFit ({ranked} rests at each step, activations compressed) against full fine-tuning:\n"
     yield from rows(
         [
             "task",
@@ -140,15 +143,15 @@ def interlayer(report: dict[str, Any]) -> Iterable[str]:
     if not pooled:
         return
     low, high = pooled["interval_95"]
-    seeds = min(len(task["comparison"]["loss_points"]["per_seed"]) for task in tasks.values() if task.get("comparison"))
+    counts = sorted({len(t["comparison"]["loss_points"]["per_seed"]) for t in tasks.values() if t.get("comparison")})
+    seeds = " or ".join(str(count) for count in counts)
     yield (
         f"Pooled over {len(pooled['tasks'])} tasks, {seeds} seeds each: {pooled['mean']:+.2f} points, 95 % interval "
         f"{low:+.2f} to {high:+.2f} (bootstrap over items and seeds)."
     )
     yield ""
-    last = list(tasks.values())[-1]
     asked = "" if last["settings"]["tuning"] else f" --share {last['shares']['ours']:g}"
-    asked += " --within kind" if last["settings"].get("within") == "kind" else ""
+    asked += " --within kind" * kinds
     yield machine({**last, "command": f"python benchmarks/interlayer.py{asked}"})
 
 
