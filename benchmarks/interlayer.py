@@ -139,7 +139,7 @@ def _with_share(tuned: dict[str, Any], options: argparse.Namespace) -> dict[str,
     }
 
 
-def _run(name: str, side: str, rate: float, seed: int, share: float, within: str = "model") -> dict[str, Any]:
+def _run(name: str, side: str, rate: float, seed: int, share: float, within: str) -> dict[str, Any]:
     changes = [*TASKS[name], *BOTH, *CHANGES[side], f"training.learning_rate={rate}"]
     if share:
         changes.append(f"freeze={{policy: interlayer, share: {share}, within: {within}}}")
@@ -158,7 +158,7 @@ def tune(found: dict[str, Any], name: str, at_once: int, save: Any) -> None:
         save()
 
     while missing := {
-        (side, share, rate): (name, side, rate, TUNING_SEED, share)
+        (side, share, rate): (name, side, rate, TUNING_SEED, share, "model")
         for side in SIDES
         for share in SHARES[side]
         for rate in _wanted(tried(side, share), RATES[name])

@@ -22,15 +22,17 @@ class Lab:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, best: Mapping[str, float], *, dies_after: int = 10**9) -> None:
         self.best, self.left = best, dies_after
         self.ran: list[tuple[str, float, int, float]] = []
+        self.within: list[str] = []
         monkeypatch.setattr(interlayer, "abreast", self.abreast)
 
     def abreast(
         self, function: Any, jobs: Mapping[Any, Any], done: Callable[[Any, Any], None], *, at_once: int
     ) -> None:
-        for key, (_, side, rate, seed, share, *_) in jobs.items():
+        for key, (_, side, rate, seed, share, within) in jobs.items():
             if not self.left:
                 raise KeyboardInterrupt
             self.left -= 1
+            self.within.append(within)
             self.ran.append((side, rate, seed, share))
             done(key, self.run(side, rate, seed, share))
 
@@ -104,6 +106,24 @@ def test_the_loss_is_pooled_over_tasks(tmp_path: Path, monkeypatch: pytest.Monke
     widths = [high - low for low, high in (one["interval_95"], pooled["interval_95"])]
     assert widths[1] < 0.85 * widths[0], "two tasks tell more than one"
     assert "| trec |" in "\n".join(interlayer_table(report))
+
+
+@pytest.mark.parametrize(("within", "name"), [("model", ""), ("kind", "-kind")])
+def test_another_share_takes_the_runs_of_full_fine_tuning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: str, name: str
+) -> None:
+    monkeypatch.setattr(interlayer, "RESULTS", tmp_path)
+    lab = Lab(monkeypatch, {"full": 1e-4, "ours": 4e-4})
+    interlayer.main(["--tasks", "trec"])
+    lab.ran.clear()
+    lab.within.clear()
+    interlayer.main(["--tasks", "trec", "--share", "0.5", "--within", within])
+    assert lab.ran == [("ours", 2e-4, seed, 0.5) for seed in range(3)], "between the rates that were found"
+    assert set(lab.within) == {within}
+    report = json.loads((tmp_path / f"interlayer-share-0.5{name}.json").read_text())
+    assert ("a share of each kind" in "\n".join(interlayer_table(report))) == (within == "kind")
+    interlayer.main(["--tasks", "trec", "--share", "0.5", "--within", within, "--seeds", "4"])
+    assert [side for side, *_ in lab.ran[3:]] == ["full", "ours"], "what there is counts"
 
 
 def test_levels_are_compared_with_the_exact_runs_of_the_same_seeds() -> None:
