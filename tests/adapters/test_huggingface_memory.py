@@ -168,7 +168,7 @@ def test_as_few_layers_rest_as_the_budget_allows(tmp_path: Path) -> None:
         assert frost.summary()["policy"]["options"]["share"] == found["policy"].get("share", share)
         return found
 
-    assert plan(tmp_path / "a", "auto")["policy"] == {"share": 0.5}
+    assert plan(tmp_path / "a", "auto")["policy"] == {"share": 0.34}
     half, most = (plan(tmp_path / name, share)["plain"] for name, share in (("b", 0.5), ("c", 0.95)))
     assert most < half
     with pytest.raises(ConfigError, match="cannot be met"):
@@ -198,7 +198,7 @@ def test_a_resumed_run_keeps_the_share_that_its_budget_chose(tmp_path: Path) -> 
         return frost
 
     chosen = rows_of_a_budget(train(2, policy="interlayer", share="auto"))[0]["policy"]
-    assert chosen == {"share": 0.5}
+    assert chosen == {"share": 0.34}
     again = train(4, resume=True, budget=10**11, policy="interlayer", share="auto")
     assert rows_of_a_budget(again)[-1]["policy"] == chosen, "another budget, the same options"
     with pytest.raises(ResumeError, match="was made with policy interlayer"):

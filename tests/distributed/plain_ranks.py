@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cached": {"options": STAY, "cache": "memory"},
     "random": {"options": LISA},
     "random-unused": {"options": LISA, "find_unused_parameters": True},
-    "restless": {"options": {"policy": "interlayer", "share": 0.5}, "find_unused_parameters": True},
+    "restless": {"options": {"policy": "interlayer", "share": 0.5, "within": "model"}, "find_unused_parameters": True},
     "split": {"options": {"policy": "gradient-norm", "percentile": 90.0, "evaluations_per_epoch": 4}, "noise": True},
 }
 OF_FOUR = ("walk", "walk-in-place", "random", "split")
