@@ -75,7 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.share is None and options.within != "model":
         parser.error("--within kind goes with --share")
     tuned = RESULTS / "interlayer.json"
-    out = options.out or (tuned if options.share is None else RESULTS / _name(options.share, options.within))
+    kind = "-kind" * (options.within == "kind")
+    out = options.out or (
+        tuned if options.share is None else RESULTS / f"interlayer-share-{options.share:g}{kind}.json"
+    )
     report = _read(out)
     for name in options.tasks:
         fresh = _fresh(name) if options.share is None else _with_share(_read(tuned)["tasks"][name], options)
@@ -115,10 +118,6 @@ def _fresh(name: str) -> dict[str, Any]:
 def _read(file: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"tasks": {}}
     return found
-
-
-def _name(share: float, within: str) -> str:
-    return f"interlayer-share-{share:g}{'-kind' * (within == 'kind')}.json"
 
 
 def _with_share(tuned: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:

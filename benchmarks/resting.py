@@ -29,6 +29,7 @@ if not __package__:  # run as a script: its siblings are found from the root of 
 
 from benchmarks.memory_tables import SORTS, resting  # noqa: E402
 from benchmarks.reports import RESULTS, made_by, write  # noqa: E402
+from benchmarks.steps import update  # noqa: E402
 from frostline import Frostline  # noqa: E402
 from frostline.recipes.runner import prepare  # noqa: E402
 from frostline.recipes.schema import load_recipe  # noqa: E402
@@ -94,7 +95,7 @@ def train(model: nn.Module, batches: list[dict[str, torch.Tensor]], rate: float,
     for path in layers:
         none.get_parameter(path).requires_grad_(False)
     trained: Counter[str] = Counter()
-    counted, skipped = 0, []
+    parameters, counted, skipped = list(model.parameters()), 0, []
     for step, inputs in enumerate(batches):
         visited = layers <= set(frost.policy.distances)  # type: ignore[attr-defined]
         resting = frost.freezer.decision.resting
@@ -107,9 +108,7 @@ def train(model: nn.Module, batches: list[dict[str, torch.Tensor]], rate: float,
             trained.update(layers - resting)
         model(**inputs).loss.backward()
         frost.before_step()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(parameters, optimizer)
         frost.after_step()
     frost.finish()
     sorts = {path: _sort(model, path) for path in layers}
