@@ -4,6 +4,7 @@
     python benchmarks/interlayer.py                 # all that results/interlayer.json has not yet
     python benchmarks/interlayer.py --share 0.5     # another share: writes results/interlayer-share-0.5.json
     python benchmarks/interlayer.py --share 0.34 --within kind    # results/interlayer-share-0.34-kind.json
+    python benchmarks/interlayer.py --share 0       # compression alone: results/interlayer-share-0.json
 
 Each side has a learning rate of its own, tuned alike: the one with the best validation accuracy (then the least
 validation loss) among three, by a seed that is not compared; where the best is the highest or the lowest, the next one
@@ -14,7 +15,8 @@ item on the test split, as accuracy.py does, and pooled with every task counting
 where it stopped.
 
 With ``--share`` nothing is tuned: the runs of full fine-tuning are those of results/interlayer.json, and ours runs with
-the share that was given, at the geometric mean of the two rates that were found there. Its own best may do better.
+the share that was given, at the geometric mean of the two rates that were found there. Its own best may do better. With
+``--share 0`` nothing rests: it is full fine-tuning, at its rate, with its activations compressed.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0..N-1 (default 3)")
     parser.add_argument("--at-once", type=int, default=2, help="runs at a time, a thread each (default 2)")
-    parser.add_argument("--share", type=float, help="let this share rest, with the learning rates that were found")
+    parser.add_argument(
+        "--share", type=float, help="let this share rest (0: none), with the learning rates that were found"
+    )
     parser.add_argument("--within", choices=("model", "kind"), default="model", help="ranked together (default model)")
     parser.add_argument("--out", type=Path, help="results file")
     options = parser.parse_args(arguments)
@@ -122,7 +126,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _with_share(tuned: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """What is known of a task before ours has run with another share than the one that was tuned."""
-    between = math.sqrt(tuned["rates"]["full"] * tuned["rates"]["ours"])
+    full = tuned["rates"]["full"]
+    between = math.sqrt(full * tuned["rates"]["ours"]) if options.share else full
     return {
         "settings": {
             **tuned["settings"],
@@ -131,8 +136,8 @@ def _with_share(tuned: dict[str, Any], options: argparse.Namespace) -> dict[str,
             **({"within": options.within} if options.within != "model" else {}),
         },
         **made_by("interlayer.py", TUNING_SEED, accelerator()),
-        "rates": {"full": tuned["rates"]["full"], "ours": float(f"{between:.3g}")},
-        "at_the_end": tuned["at_the_end"],
+        "rates": {"full": full, "ours": float(f"{between:.3g}")},
+        "at_the_end": tuned["at_the_end"] if options.share else dict.fromkeys(SIDES, tuned["at_the_end"]["full"]),
         "shares": {"full": 0.0, "ours": options.share},
         "runs": [run for run in tuned["runs"] if run["side"] == "full"],
     }
@@ -140,8 +145,9 @@ def _with_share(tuned: dict[str, Any], options: argparse.Namespace) -> dict[str,
 
 def _run(name: str, side: str, rate: float, seed: int, share: float, within: str) -> dict[str, Any]:
     changes = [*TASKS[name], *BOTH, *CHANGES[side], f"training.learning_rate={rate}"]
-    if share:
-        changes.append(f"freeze={{policy: interlayer, share: {share}, within: {within}}}")
+    if side == "ours":
+        rests = f"{{policy: interlayer, share: {share}, within: {within}}}" if share else "{policy: none}"
+        changes.append(f"freeze={rests}")
     return one_run(name, changes, seed, 1)
 
 

@@ -111,7 +111,8 @@ def interlayer(report: dict[str, Any]) -> Iterable[str]:
     last = list(tasks.values())[-1]
     kinds = last["settings"].get("within") == "kind"
     ranked = "a share of each kind of layers" if kinds else "a share of all layers, as published,"
-    yield f"SlimFit ({ranked} rests at each step, activations compressed) against full fine-tuning:\n"
+    rests = f"{ranked} rests at each step" if last["shares"]["ours"] else "nothing rests"
+    yield f"SlimFit ({rests}, activations compressed) against full fine-tuning:\n"
     yield from rows(
         [
             "task",

@@ -126,6 +126,30 @@ def test_another_share_takes_the_runs_of_full_fine_tuning(
     assert [side for side, *_ in lab.ran[3:]] == ["full", "ours"], "what there is counts"
 
 
+def test_with_nothing_at_rest_it_is_full_fine_tuning_at_its_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interlayer, "RESULTS", tmp_path)
+    lab = Lab(monkeypatch, {"full": 1e-4, "ours": 4e-4})
+    interlayer.main(["--tasks", "trec"])
+    lab.ran.clear()
+    interlayer.main(["--tasks", "trec", "--share", "0"])
+    assert lab.ran == [("ours", 1e-4, seed, 0.0) for seed in range(3)]
+    report = json.loads((tmp_path / "interlayer-share-0.json").read_text())
+    assert "nothing rests, activations compressed" in "\n".join(interlayer_table(report))
+
+    given: list[list[str]] = []
+    monkeypatch.setattr(interlayer, "one_run", lambda name, changes, seed, threads: given.append(changes))
+    for side, share in (("full", 0.0), ("ours", 0.0), ("ours", 0.5)):
+        interlayer._run("trec", side, 1e-4, 0, share, "kind")
+    # The recipe has a policy of its own.
+    assert [[c for c in changes if c.startswith(("freeze", "memory"))] for changes in given] == [
+        ["freeze={policy: none}"],
+        ["memory.level=slimfit", "freeze={policy: none}"],
+        ["memory.level=slimfit", "freeze={policy: interlayer, share: 0.5, within: kind}"],
+    ]
+
+
 def test_levels_are_compared_with_the_exact_runs_of_the_same_seeds() -> None:
     def run(level: str, seed: int, loss: float) -> dict[str, Any]:
         return {"level": level, "seed": seed, "loss": loss, "accuracy": 0.9}

@@ -13,10 +13,6 @@ embeddings, and a third of the matrices (docs/evidence.md). Here like is ranked 
 kind is what stands at the same place in each block. What stands outside of them (an embedding table) is its own kind,
 and trains at every step.
 
-Sizes differ within a kind as well, and who is large would rest nearly always: with a third of each kind at rest 19 of
-the 96 layers of an EfficientNet got less than a quarter of the training, some a twentieth. So a layer counts for what
-it has missed, its distance times the steps since it last trained: whoever moves half as far trains about half as often.
-
 Other than in the released code the distance is a ratio of norms (zeros divide nothing), an update that was skipped is
 no update, and the head is not scheduled unless asked for. And the learning rate may rise: a distance counts for what it
 would be at today's rate, if that is more than it was. As published, the layers that are visited first would come last
@@ -129,8 +125,6 @@ class Interlayer(Policy[InterlayerOptions]):
         self.distances: dict[str, float] = {}
         self._rates: dict[str, float] = {}  # the learning rates at which they were measured
         self._rate: float | None = None
-        self._turns: dict[str, int] = {}  # the turns at which they were measured
-        self._turn = 0
         self._active: list[str] = []
         self._line: Policy[Any] | None = None
         self._asked = self._depth = 0
@@ -177,9 +171,7 @@ class Interlayer(Policy[InterlayerOptions]):
         if seen.changes is not None:
             # Where the engine did not move the line, others trained than were chosen for it.
             trained = self._active if seen.depth == self._depth else [p for p in self.layers if p in seen.changes]
-            self._turn += 1
             for path in trained:
-                self._turns[path] = self._turn
                 # A layer that is not used (an expert without tokens) counts as visited, and keeps what it had.
                 self.distances[path] = seen.changes.get(path, self.distances.get(path, 0.0))
                 if path in seen.changes and seen.learning_rate is not None:
@@ -196,12 +188,11 @@ class Interlayer(Policy[InterlayerOptions]):
         """Those layers train that take most; the lowest too, down to which the others have to keep what they need."""
         distances, self.distances = self.distances, {path: float(sizes[path]) for path in self.layers}
         rate, self._rate = self._rate, None
-        turns, self._turns = self._turns, {}
         if not self.options.biases:
             self._next(self._line.start().depth if self._line is not None else 0)
             self.distances[self._above()[0]] = math.inf
         decision = self.start()
-        self.distances, self._rate, self._turns = distances, rate, turns
+        self.distances, self._rate = distances, rate
         return decision
 
     @property
@@ -237,10 +228,7 @@ class Interlayer(Policy[InterlayerOptions]):
 
     def _rank(self, path: str) -> tuple[bool, float, int]:
         """What moved least comes first, what was never trained last; the seeded order settles ties."""
-        counts = self.distances.get(path, 0.0) * self._risen(path)
-        if self.options.within == "kind":
-            counts *= 1 + self._turn - self._turns.get(path, self._turn)  # what it has missed
-        return path not in self.distances, counts, self._order[path]
+        return path not in self.distances, self.distances.get(path, 0.0) * self._risen(path), self._order[path]
 
     def _risen(self, path: str) -> float:
         """How many times larger the learning rate is than when the layer last trained; at least 1."""
@@ -257,8 +245,6 @@ class Interlayer(Policy[InterlayerOptions]):
             "distances": dict(self.distances),
             "rates": dict(self._rates),
             "rate": self._rate,
-            "turns": dict(self._turns),
-            "turn": self._turn,
             "asked": self._asked,
             "depth": self._depth,
         }
@@ -267,8 +253,6 @@ class Interlayer(Policy[InterlayerOptions]):
         self.distances = {str(path): float(distance) for path, distance in state["distances"].items()}
         self._rates = {str(path): float(rate) for path, rate in state["rates"].items()}
         self._rate = state["rate"]
-        self._turns = {str(path): int(turn) for path, turn in state["turns"].items()}
-        self._turn = int(state["turn"])
         self._asked = int(state["asked"])
         self._next(int(state["depth"]))
 
