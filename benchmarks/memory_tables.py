@@ -199,8 +199,12 @@ def gradients(report: dict[str, Any]) -> Iterable[str]:
     yield from rows(
         ["level", "kept for backward", *parts],
         (
-            [level, f"{row['smaller']:.1f}x less", *(f"{row['cosines'][part]:.4f}" for part in parts)]
+            [name, kept, *(f"{row[which][part]:.4f}" for part in parts)]
             for level, row in report["levels"].items()
+            for name, which, kept in (
+                (level, "cosines", f"{row['smaller']:.1f}x less"),
+                (f"{level}, norms at rest", "resting", "-"),
+            )
         ),
     )
     yield ""

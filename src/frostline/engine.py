@@ -29,7 +29,7 @@ from frostline.policies.registry import create, validate
 from frostline.state import fingerprint, load_state, save_state
 from frostline.statistics import Measurements, learning_rate
 from frostline.summary import Summary
-from frostline.trace import is_compiled
+from frostline.trace import has_compiled, is_compiled
 
 __all__ = ["Frostline"]
 
@@ -39,6 +39,10 @@ COMPILED_DEPTH_CHANGES = 6
 NOT_CACHED_COMPILED = (
     "compiled in place, or around DistributedDataParallel: boundary activations are not cached; "
     "use model = torch.compile(model)"
+)
+NOT_LOOKED = (
+    "an optimizer step was counted without before_step(): what its gradients say is not measured, and the policy goes "
+    "by what it knows; call before_step() between backward() and the optimizer's step(), before zero_grad()"
 )
 NOT_COMPRESSED = (
     "a step has come to its end, and no training pass of the model was seen: nothing is compressed; does the loop call "
@@ -110,6 +114,7 @@ class Frostline:
         # A gradient is the mean over a batch: where batches grow, an interval's sum counts it as many times more.
         self._first_batch, self._weight = batch_size, 1.0
         self.seconds = {"statistics": 0.0, "decide": 0.0}
+        self._looked = False  # whether before_step() was called before this step
         self._blocks_path = blocks
         self._model_class = type(model).__name__
         self._active = policy != "none"
@@ -133,10 +138,10 @@ class Frostline:
         self.policy = create(policy, options, self.plan)
         self._cadence = self.policy.cadence()
         restless = self._cadence is not None and self._cadence.restless
-        if compiled and restless:
+        if restless and has_compiled(model):
             raise ModelError(
-                f"policy {policy!r} changes what trains at every step, and a compiled model would be compiled anew "
-                "each time: train it without torch.compile"
+                f"policy {policy!r} changes what trains at every step, and a compiled model, or block, would be "
+                "compiled anew each time: train it without torch.compile"
             )
         upkeep = Upkeep.find(model, restless=restless)
         self._agreement: Agreement | None = None
@@ -193,6 +198,7 @@ class Frostline:
         if self._statistics is None:
             return
         start = time.perf_counter()
+        self._looked = True
         self._learning_rate = learning_rate(self.freezer.optimizer)
         scaled = self.scaler is not None and self.scaler.is_enabled()
         loss_scale = self.scaler.get_scale() if scaled and not unscaled else 1.0
@@ -206,6 +212,9 @@ class Frostline:
             self.limit("memory", NOT_COMPRESSED)
         if self._statistics is not None:
             start = time.perf_counter()
+            if not self._looked:
+                self.limit("statistics", NOT_LOOKED)
+            self._looked = False
             self._statistics.after_step()
             self.seconds["statistics"] += time.perf_counter() - start
         if self.cache is not None:

@@ -129,7 +129,7 @@ class WeightChange:
 
     def __init__(self, layers: Mapping[str, nn.Parameter]) -> None:
         self._layers = dict(layers)
-        self._before: dict[str, torch.Tensor] = {}
+        self._before: dict[str, torch.Tensor] | None = None
 
     @torch.no_grad()
     def before(self) -> None:
@@ -138,8 +138,13 @@ class WeightChange:
 
     @torch.no_grad()
     def after(self) -> dict[str, float] | None:
-        """The change of each layer that had a gradient; ``None`` where nothing moved (a scaler skipped the step)."""
-        before, self._before = self._before, {}
+        """The change of each layer that had a gradient.
+
+        ``None`` where nothing moved (a scaler skipped the step), or :meth:`before` was not called.
+        """
+        before, self._before = self._before, None
+        if before is None:
+            return None
         copies, layers = list(before.values()), [self._layers[name] for name in before]
         sizes = _norms(copies)
         if copies:

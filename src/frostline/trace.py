@@ -21,6 +21,7 @@ __all__ = [
     "Call",
     "Trace",
     "first_tensor",
+    "has_compiled",
     "is_compiled",
     "made_up_call",
     "random_state_kept",
@@ -34,6 +35,11 @@ __all__ = [
 def is_compiled(model: nn.Module) -> bool:
     """Whether ``model`` went through ``torch.compile``, as a wrapper or in place."""
     return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+
+
+def has_compiled(model: nn.Module) -> bool:
+    """Whether ``model``, or any module in it (a block, say), went through ``torch.compile``."""
+    return any(is_compiled(module) for module in model.modules())
 
 
 def unwrap(model: nn.Module) -> nn.Module:

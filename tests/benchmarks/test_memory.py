@@ -130,4 +130,6 @@ def test_cosines_by_part() -> None:
         "date": "today",
         "command": "make",
     }
-    assert "| safe |" in "\n".join(gradients({**report, "environment": MACHINE, "levels": found}))
+    assert found["slimfit"]["resting"] != found["slimfit"]["cosines"], "four bits for norms at rest"
+    assert all(parameter.requires_grad for parameter in training.model.parameters())
+    assert "| safe, norms at rest | - |" in "\n".join(gradients({**report, "environment": MACHINE, "levels": found}))

@@ -169,6 +169,21 @@ def test_a_layer_that_is_not_used_does_not_stop_the_others() -> None:
     assert job.frost.policy.distances[unused] == 0.0  # type: ignore[attr-defined]
 
 
+def test_a_loop_that_never_calls_before_step_is_told_so() -> None:
+    """A distance of nothing for what was not measured would let the same layers train for ever."""
+    job = Job(BY_NAME["bert"])
+    for _ in range(3):
+        job.model(**job.architecture.inputs()).loss.backward()
+        job.optimizer.step()
+        job.optimizer.zero_grad()
+        job.frost.after_step()
+    assert not job.frost.policy.distances  # type: ignore[attr-defined]
+    (limit,) = job.frost.summary()["limits"]
+    assert "without before_step()" in limit
+    job.step()
+    assert job.frost.policy.distances  # type: ignore[attr-defined]
+
+
 def test_a_hundred_decisions_are_one_line_of_the_log() -> None:
     job = Job(BY_NAME["plain"])
     for _ in range(101):
@@ -181,3 +196,7 @@ def test_a_compiled_model_is_refused() -> None:
     model = BY_NAME["bert"].build()
     with pytest.raises(ModelError, match="compiled"):
         Frostline(torch.compile(model), None, policy="interlayer", steps_per_epoch=1, epochs=1)
+    model = BY_NAME["bert"].build()
+    model.bert.encoder.layer[1].compile()
+    with pytest.raises(ModelError, match="compiled model, or block"):
+        Frostline(model, None, policy="interlayer", steps_per_epoch=1, epochs=1)

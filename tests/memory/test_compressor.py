@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from frostline.blocks import BlockStack
 from frostline.errors import ConfigError, ModelError
-from frostline.memory import LEVELS, Compressor, footprint
+from frostline.memory import LEVELS, Compressor, compressing, footprint
 from frostline.memory import attention as recomputing
 from frostline.memory.codebook import _book
 from tests.architectures import ARCHITECTURES, Architecture
@@ -226,6 +226,51 @@ def test_a_pass_that_fails_takes_its_hooks_along() -> None:
     model(**inputs).loss.backward()
 
 
+def test_where_nothing_may_watch_what_is_saved_no_mode_of_anybody_else_ends() -> None:
+    model = nn.Linear(4, 4)
+    Compressor(model, "safe")
+    with torch.device("cpu"):  # is a mode
+        before = torch._C._len_torch_function_stack()
+        with pytest.raises(RuntimeError, match="saved tensor hooks"):
+            torch.func.grad(lambda x: model(x).sum())(torch.randn(4))
+        assert torch._C._len_torch_function_stack() == before
+    model(torch.randn(2, 4)).sum().backward()
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+class Summed(nn.Module):
+    """Products of activations with each other and with a weight, as einsum writes them."""
+
+    def __init__(self, *, listed: bool) -> None:
+        super().__init__()
+        self.before, self.weight = nn.Linear(8, 8), nn.Parameter(torch.randn(3, 8))
+        self.listed = listed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.before(x)
+        factors = (h, h.tanh())
+        scores = torch.einsum("bld,bmd->blm", list(factors)) if self.listed else torch.einsum("bld,bmd->blm", *factors)
+        return torch.einsum("blm,bmd,cd->blc", scores, h, self.weight)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_factors_of_einsum_are_packed_and_its_weights_are_not(
+    listed: bool, precision: torch.dtype, packed: list[str]
+) -> None:
+    torch.manual_seed(0)
+    model, x = Summed(listed=listed), torch.randn(2, 5, 8)
+    found = []
+    for level in ("off", "safe"):
+        model.zero_grad()
+        with compressing(model, level), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            out = model(x)
+        out.float().square().sum().backward()
+        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        assert packed.count("MATMUL") == (0 if level == "off" else 5)
+    assert cosine(found[1], found[0]) >= 0.999
+
+
 def test_an_interrupt_leaves_nothing_behind() -> None:
     """Ctrl-C does not run the hooks that end a pass."""
     architecture = BY_NAME["bert"]
@@ -293,3 +338,24 @@ def test_unknown_levels_and_compiled_models_are_refused() -> None:
     compiled.compile()
     with pytest.raises(ModelError, match="compiled"):
         Compressor(compiled, "safe")
+    with pytest.raises(ModelError, match="compiled blocks"):
+        Compressor(nn.Sequential(nn.Linear(2, 2), compiled), "safe")
+
+
+def test_a_mask_that_recomputed_attention_holds_is_counted_once() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            for _ in range(2):
+                x = F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+            return x
+
+    x, mask = torch.randn(2, 2, 16, 8, requires_grad=True), torch.zeros(2, 1, 16, 16)
+    kept: dict[str, int] = {}
+    for name, given in (("with", mask), ("without", None)):
+        counted: list[int] = []
+        model = Twice()
+        with compressing(model, "safe", lambda operation, role, nbytes, into=counted: into.append(nbytes)):
+            out = model(x, given)
+        kept[name] = sum(counted)
+        del out
+    assert kept["with"] - kept["without"] == mask.nbytes

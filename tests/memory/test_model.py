@@ -12,6 +12,7 @@ from torch import nn
 
 from frostline import BlockStack
 from frostline.distributed import Buckets
+from frostline.errors import ModelError
 from frostline.freezer import Freezer
 from frostline.memory import Bench, LiveBytes, MemoryModel, OptimizerCost, Way, optimizer_cost
 from frostline.memory.model import nbytes_of
@@ -146,3 +147,23 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     assert model.bert.pooler.dense.weight.grad is None
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_model_that_skips_blocks_at_random_is_refused() -> None:
+    model = bert()
+
+    class Dropped(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return hidden if torch.rand(()) < 0.5 else self.layer(hidden, *args, **kwargs)
+
+    stack = BlockStack.find(model)
+    for place, layer in enumerate(stack.blocks):
+        model.bert.encoder.layer[place] = Dropped(layer)
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match=r"ran \d of 6 blocks.*layerdrop = 0"):
+        bench_of(stack).spans(Way(), 2)
+    assert not any(block._forward_pre_hooks or block._forward_hooks for block in stack.blocks)

@@ -123,6 +123,28 @@ def test_of_a_kind_those_that_move_least_rest() -> None:
     assert training(policy.start()) == above | {"stem.table.weight"}
 
 
+@pytest.mark.parametrize(
+    ("share", "blocks", "rest"), [(0.34, 2, 1), (0.2, 2, 0), (0.95, 2, 1), (0.34, 12, 4), (0.9, 12, 11), (0.0, 12, 0)]
+)
+def test_of_few_layers_the_nearest_number_rests_and_never_all(share: float, blocks: int, rest: int) -> None:
+    layers = tuple(f"body.{i}.weight" for i in range(blocks))
+    few = replace(plan(blocks), layer_paths=layers, layer_depths=tuple(range(1, blocks + 1)))
+    assert len(create("interlayer", {"share": share}, few).start().resting) == rest
+
+
+def test_a_head_that_is_scheduled_takes_turns_as_one_kind() -> None:
+    """The head of an encoder-decoder is its whole decoder."""
+    body = tuple(f"body.{i}.weight" for i in range(4))
+    layers = (*body, *(f"head.{name}.weight" for name in ("dense", "norm", "out", "last")), "stem.weight")
+    scheduled = replace(plan(), layer_paths=layers, layer_depths=(1, 2, 3, 4, 0, 0, 0, 0, 1))
+    resting = create("interlayer", {"share": 0.5, "head": False}, scheduled).start().resting
+    assert sorted(path[:4] for path in resting) == ["body", "body", "head", "head"]
+    resting = create("interlayer", {"share": 0.5}, scheduled).start().resting
+    assert sorted(path[:4] for path in resting) == ["body", "body"]
+    alone = replace(scheduled, layer_paths=(*body, "head.weight"), layer_depths=(1, 2, 3, 4, 0))
+    assert len(create("interlayer", {"share": 0.5, "head": False}, alone).start().resting) == 2
+
+
 def test_blocks_ten_and_one_are_told_apart() -> None:
     """``body.1`` begins ``body.10`` as well."""
     layers = tuple(f"body.{i}.weight" for i in range(12))

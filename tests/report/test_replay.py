@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from frostline.errors import ConfigError, FrostlineError
+from frostline.policies.gradient_norm import GradientNorm
 from frostline.report import load_run, replay
 from tests.report.sample import write_run
 
@@ -64,6 +65,12 @@ def test_scores_that_are_null_in_the_log(recorded: Path) -> None:
             event["observation"]["scores"] = None
     log.write_text("".join(json.dumps(event) + "\n" for event in events))
     with pytest.raises(ConfigError, match="gradient_sum"):
+        replay(recorded, "gradient-norm", {})
+
+
+def test_a_run_of_which_not_every_decision_was_recorded(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GradientNorm, "log_every", 100)
+    with pytest.raises(ConfigError, match="each 100th was recorded: it cannot be replayed"):
         replay(recorded, "gradient-norm", {})
 
 

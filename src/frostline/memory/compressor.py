@@ -19,7 +19,7 @@ from frostline.memory.codebook import coded_activation
 from frostline.memory.levels import Level, level_named
 from frostline.memory.operations import Call, Role, Watch
 from frostline.memory.saved import Kept, Ledger, Shelf, is_small
-from frostline.trace import is_compiled, unwrap
+from frostline.trace import has_compiled, unwrap
 
 __all__ = ["Compressor", "compressing", "refuse_compiled"]
 
@@ -70,7 +70,10 @@ class compressing:
         learned = isinstance(mask, Tensor) and mask.requires_grad  # its gradient comes from what would not be kept
         trains = (query.requires_grad or key.requires_grad or value.requires_grad) and not learned
         again = trains and is_recomputable(query, args[1] if len(args) > 1 else kwargs.get("dropout_p", 0.0))
-        chosen = recomputed_attention if again and self._innermost() else attention
+        again = again and self._innermost()
+        if again and isinstance(mask, Tensor):
+            self._shelf.beside(mask, self._watch.call)
+        chosen = recomputed_attention if again else attention
         return chosen(query, key, value, *args, **kwargs)
 
     def _gelu(self, input: Tensor, *, approximate: str = "none") -> Tensor:
@@ -95,10 +98,10 @@ class compressing:
 
 def refuse_compiled(model: nn.Module) -> None:
     """Raises ModelError for a compiled model: its compiler decides what is saved."""
-    if is_compiled(model):
+    if has_compiled(model):
         raise ModelError(
-            "a compiled model is not compressed: its compiler decides what is saved; train it without torch.compile, "
-            "or with memory level 'off'"
+            "a compiled model (or one with compiled blocks) is not compressed: its compiler decides what is saved; "
+            "train it without torch.compile, or with memory level 'off'"
         )
 
 
@@ -155,8 +158,9 @@ class Compressor:
             self._end()  # an interrupt (Ctrl-C) cut the last pass off before its end
         if self._inside is None:
             self._keeps = self._nested = 0
-            self._inside = module, compressing(self._model, self.level, self._count)
-            self._inside[1].__enter__()
+            packing = compressing(self._model, self.level, self._count)
+            packing.__enter__()  # may be refused: inside of torch.func.grad nothing may watch what is saved
+            self._inside = module, packing
 
     def _count(self, operation: str, role: Role, nbytes: int) -> None:
         if self._nested:  # is gone before the pass goes on

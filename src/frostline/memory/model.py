@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from frostline.blocks import BlockStack, Owner
 from frostline.distributed import Buckets
+from frostline.errors import ModelError
 from frostline.memory.compressor import compressing
 from frostline.memory.peak import LiveBytes
 from frostline.memory.spans import Activations, Spans
@@ -34,6 +35,10 @@ from frostline.trace import first_tensor, undisturbed
 
 __all__ = ["Bench", "MemoryModel", "OptimizerCost", "Way", "nbytes_of", "optimizer_cost"]
 
+_NOT_EACH_ONCE = (
+    "a pass that was to be measured for the memory budget ran {} of {} blocks: what a step takes is left to chance. "
+    "Switch off what skips blocks at random (LayerDrop: model.config.layerdrop = 0), or train without memory.budget"
+)
 # Rows of the batch on which ways are measured; the other one that is needed has half as many.
 PROBE_ROWS = 4
 
@@ -113,7 +118,11 @@ class Bench:
                     parameter.grad = gradient
 
     def spans(self, way: Way, rows: int) -> Spans:
-        """Run a forward and a backward pass and count, part by part. On a GPU its allocator is asked."""
+        """Run a forward and a backward pass and count, part by part. On a GPU its allocator is asked.
+
+        Raises:
+            ModelError: the pass did not run each block once.
+        """
         batch = dict(self.batch(rows))
         weights = [*self.model.parameters(), *self.model.buffers()]
         blocks, device = self.stack.blocks, weights[0].device
@@ -151,6 +160,8 @@ class Bench:
             with meter:
                 loss = self.forward(way, batch)
                 forward.mark()
+                if len(leaving) != len(blocks) + 1:
+                    raise ModelError(_NOT_EACH_ONCE.format(len(leaving) - 1, len(blocks)))
                 for handle in handles:  # a checkpointed block runs again
                     handle.remove()
                 meter.restart()

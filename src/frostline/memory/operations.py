@@ -128,6 +128,8 @@ def cast_from(call: Call | None, saved: Tensor, role: Role) -> Tensor | None:
 
 
 def _first(call: Call) -> Any:
+    if call.name == "einsum":  # an equation stands first, and operands may be a list
+        return next(iter(_factors(call)), None)
     return call.argument(*_FIRST.get(call.name, (0, "input")))
 
 
@@ -143,8 +145,18 @@ def _weighted(call: Call, first: Tensor, saved: Tensor) -> Role:
 
 
 def _matmul(call: Call, first: Tensor, saved: Tensor) -> Role:
-    factors = [arg for arg in call.args if isinstance(arg, Tensor)]
-    return Role.EXACT if any(_is_cast(saved, factor) for factor in factors) else Role.MATMUL
+    return Role.EXACT if any(_is_cast(saved, factor) for factor in _factors(call)) else Role.MATMUL
+
+
+def _einsum(call: Call, first: Tensor, saved: Tensor) -> Role:
+    # Of a weight whose dimensions were to change places a copy is saved, which looks like any other factor.
+    weights = (factor for factor in _factors(call) if (factor if factor._base is None else factor._base).is_leaf)
+    return Role.EXACT if any(weight.numel() == saved.numel() for weight in weights) else _matmul(call, first, saved)
+
+
+def _factors(call: Call) -> list[Tensor]:
+    given = (each for arg in call.args for each in (arg if isinstance(arg, (list, tuple)) else (arg,)))
+    return [each for each in given if isinstance(each, Tensor)]
 
 
 def _attention(call: Call, first: Tensor, saved: Tensor) -> Role:
@@ -214,6 +226,7 @@ _FIRST = {"addmm": (1, "mat1"), "scaled_dot_product_attention": (0, "query")}
 _ROLES: dict[str, _Finder] = {
     **dict.fromkeys(_WEIGHTED, _weighted),
     "matmul": _matmul,
+    "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
     "softmax": _if_like_the_first(Role.PROBABILITIES),
     "dropout": _dropout,

@@ -114,6 +114,16 @@ class Shelf:
         self._hold(out.untyped_storage())
         self._products[_place(out)] = Product(source, noise, 1.0 / (1.0 - share))
 
+    def beside(self, tensor: Tensor, call: Call | None) -> None:
+        """An operation that takes another's place keeps ``tensor`` itself, as it is: a mask of attention, say."""
+        if tensor.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._parameters and storage._cdata not in self._raw:
+            self._hold(storage)
+            self._raw.add(storage._cdata)
+            self._tell(call, Role.EXACT, storage.nbytes())
+
     def clear(self) -> None:
         """Forget what was saved: the backward pass has it, and the next pass saves anew."""
         self._contents.clear()

@@ -10,8 +10,8 @@ SlimFit ranks all layers of the model against each other (``within: model``). Bu
 learning rate, so that distances are in effect sizes of weights: half at rest are, in an EfficientNet, the 48
 normalisations and hardly one of the 48 convolutions, which saves nothing; in BERT the normalisations, the word
 embeddings, and a third of the matrices (docs/evidence.md). Here like is ranked with like, unless asked otherwise: a
-kind is what stands at the same place in each block. What stands outside of them (an embedding table) is its own kind,
-and trains at every step.
+kind is what stands at the same place in each block; the head, where it is scheduled, is one kind. What stands outside
+of these (an embedding table) is its own kind, and trains at every step.
 
 Other than in the released code the distance is a ratio of norms (zeros divide nothing), an update that was skipped is
 no update, and the head is not scheduled unless asked for. And the learning rate may rise: a distance counts for what it
@@ -41,6 +41,8 @@ from frostline.policies.static import Static
 
 __all__ = ["Interlayer", "InterlayerOptions"]
 
+# The kind of what stands in the head. Of what stands in a block it is a path that begins with a dot.
+_HEAD = "head"
 # What ``auto`` chooses from.
 _SHARES = (0.34, 0.5, 0.75, 0.9, 0.95)
 _LINES: dict[str, type[Policy[Any]]] = {policy.name: policy for policy in (Static, Ramp)}
@@ -49,8 +51,8 @@ _LINES: dict[str, type[Policy[Any]]] = {policy.name: policy for policy in (Stati
 class InterlayerOptions(PolicyOptions):
     """``share`` (F) of the layers rests at each step; ``biases`` and ``head`` always train unless switched off.
 
-    ``within``: which layers are ranked together: those of a ``kind``, or all in the ``model``, as published. One of
-    each kind always trains, so that of six blocks five rest at most, whatever the share.
+    ``within``: which layers are ranked together: those of a ``kind``, or all in the ``model``, as published. Of a kind
+    as many rest as come nearest to the share (of two layers one at 0.34), but never all.
 
     Published shares are 0.75 to 0.95, of all layers. Here a third of each kind rests unless another share is given:
     in short trainings larger ones cost more accuracy (README, Measured), and where activations are compressed, resting
@@ -134,8 +136,7 @@ class Interlayer(Policy[InterlayerOptions]):
 
     def _schedule(self) -> None:
         """The layers that take turns, and the order in which they do so first."""
-        head = tuple(f"{path}." for path in self.plan.head_paths)
-        self.layers = [path for path in self.plan.layer_paths if not (self.options.head and path.startswith(head))]
+        self.layers = [path for path in self.plan.layer_paths if not (self.options.head and self._in_head(path))]
         if not self.layers:
             raise ConfigError("policy 'interlayer': the model has no layers that it could let rest")
         shuffled = random.Random(f"{self.options.seed}").sample(self.layers, len(self.layers))
@@ -149,10 +150,21 @@ class Interlayer(Policy[InterlayerOptions]):
         places: dict[str, str] = {}
         for path in self.layers:
             block = next((block for block in self.plan.block_paths if path.startswith(f"{block}.")), None)
-            places[path] = path if block is None else path.removeprefix(block)
+            outside = _HEAD if self._in_head(path) else path
+            places[path] = outside if block is None else path.removeprefix(block)
         many = Counter(places.values())
         # In blocks that have nothing in common all are ranked together: else nothing would ever rest.
-        return {path: place if many[place] > 1 or place == path else "" for path, place in places.items()}
+        return {path: place if many[place] > 1 or place in (path, _HEAD) else "" for path, place in places.items()}
+
+    def _in_head(self, path: str) -> bool:
+        return path.startswith(tuple(f"{head}." for head in self.plan.head_paths))
+
+    def _at_rest(self, layers: int) -> int:
+        """How many of so many layers that are ranked together rest."""
+        if self.options.within == "model":
+            return int(self.share * layers)  # as published
+        # Of the few layers of a kind, the nearest number: of two layers above a line, a third would be none.
+        return min(layers - 1, int(self.share * layers + 0.5))
 
     def replan(self, plan: Plan, decision: Decision) -> Decision:
         super().replan(plan, decision)
@@ -213,7 +225,7 @@ class Interlayer(Policy[InterlayerOptions]):
         alike: dict[str, list[str]] = defaultdict(list)
         for path in sorted(self._above(), key=self._rank):
             alike[self._kinds[path]].append(path)
-        resting = {path for ranked in alike.values() for path in ranked[: int(self.share * len(ranked))]}
+        resting = {path for ranked in alike.values() for path in ranked[: self._at_rest(len(ranked))]}
         self._active = [path for path in self._above() if path not in resting]
         if not self.options.biases:
             resting.update(self._biases(resting))

@@ -164,6 +164,12 @@ def _check_statistics(run: Run, fresh: Policy[Any], plan: Plan) -> tuple[str, ..
     recorded_class = available().get(run.policy)
     recorded_needs = recorded_class.needs if recorded_class is not None else fresh.needs
     lacking = sorted(fresh.needs - recorded_needs)
+    every = fresh.log_every
+    if not lacking and every > 1:
+        raise ConfigError(
+            f"policy {fresh.name!r} builds on every one of its decisions, and of run '{run.path}' each {every}th was "
+            "recorded: it cannot be replayed; replay a run of a policy that decides now and then (gradient-norm)"
+        )
     if not lacking and fresh.needs and any(entry["observation"].get("scores") is None for entry in run.decisions):
         lacking = sorted(fresh.needs)
     if lacking:
