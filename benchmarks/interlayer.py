@@ -1,6 +1,6 @@
 """Accuracy of SlimFit's way (policy ``interlayer``, compression ``slimfit``) against full fine-tuning, on real data.
 
-    python benchmarks/interlayer.py --tasks trec    # one task: at most 40 minutes on two cores
+    python benchmarks/interlayer.py --tasks trec    # one task: at most 40 minutes on two cores, beside its tuning
     python benchmarks/interlayer.py                 # all that results/interlayer.json has not yet
     python benchmarks/interlayer.py --share 0.5     # another share: writes results/interlayer-share-0.5.json
     python benchmarks/interlayer.py --share 0.34 --within kind    # results/interlayer-share-0.34-kind.json
@@ -37,7 +37,7 @@ from benchmarks.abreast import abreast  # noqa: E402
 from benchmarks.accuracy import SIDES, accuracy_loss, interval, losses, one_run, paired, resampled  # noqa: E402
 from benchmarks.reports import RESULTS, accelerator, made_by, write  # noqa: E402
 
-# Of which size a task is, so that all its runs end within 40 minutes.
+# Of which size a task is, so that the runs that are compared end within 40 minutes (tuning takes one to two hours).
 TASKS: dict[str, list[str]] = {
     "trec": ["training.num_train_epochs=3"],
     "movie": ["data.train_limit=4000"],

@@ -271,6 +271,37 @@ def test_factors_of_einsum_are_packed_and_its_weights_are_not(
     assert cosine(found[1], found[0]) >= 0.999
 
 
+@pytest.mark.parametrize("weights", [False, True], ids=["", "weights asked for"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_parts_of_multi_head_attention_are_packed(weights: bool, dropout: float, packed: list[str]) -> None:
+    """torch hands it over as one operation."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 4, dropout=dropout, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = x.tanh()
+            return self.attention(hidden, hidden, hidden, need_weights=weights)[0]
+
+    torch.manual_seed(0)
+    model, x = Net().train(), torch.randn(4, 16, 32, requires_grad=True)
+    found, outs = [], []
+    for level in ("off", "safe"):
+        torch.manual_seed(1)
+        model.zero_grad()
+        with compressing(model, level):
+            outs.append(model(x))
+        outs[-1].square().sum().backward()
+        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        assert ("LINEAR" in packed) == (level == "safe")
+    assert torch.equal(*outs)
+    assert cosine(found[1], found[0]) >= 0.999
+    assert ({"MATMUL", "PROBABILITIES"} if weights else {"ATTENTION"}) <= set(packed)
+    assert torch._C._len_torch_function_stack() == 0
+
+
 def test_an_interrupt_leaves_nothing_behind() -> None:
     """Ctrl-C does not run the hooks that end a pass."""
     architecture = BY_NAME["bert"]

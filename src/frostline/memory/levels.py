@@ -107,7 +107,7 @@ LEVELS = {
         ),
         Level(
             "max",
-            "4 bits wherever gradients bear it",
+            "4 bits for attention and normalisations as well",
             linear=_EIGHT, wide=_EIGHT, matmul=_EIGHT, probabilities=_UNSIGNED, activation="code book",
             norm=_FOUR, resting_norm=_FOUR, batch_norm=_EIGHT, elementwise=_EIGHT, attention=_FOUR,
         ),

@@ -8,6 +8,7 @@ operation that runs and its arguments; together they say which role a saved tens
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
@@ -77,6 +78,9 @@ class Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__" or not torch.is_grad_enabled():  # properties (shape, dtype, device) save nothing
             return func(*args, **kwargs)
+        if _OPENED.get(name) is func:
+            with self:
+                return _opened(func)(*args, **kwargs)
         before = self.call
         self.call = call = Call(_plain(name), args, kwargs)
         try:
@@ -86,6 +90,19 @@ class Watch(TorchFunctionMode):
         finally:
             self.call = before
         return out
+
+
+# Functions of torch that hand themselves over whole, although it is their parts that save.
+_OPENED = {"multi_head_attention_forward": torch.nn.functional.multi_head_attention_forward}
+
+
+@functools.cache
+def _opened(func: Any) -> Callable[..., Any]:
+    """``func``, torch's own code, which goes on into its parts instead of asking for somebody that takes it whole."""
+    namespace = {**func.__globals__, "has_torch_function": lambda _: False}
+    same = types.FunctionType(func.__code__, namespace, func.__name__, func.__defaults__, func.__closure__)
+    same.__kwdefaults__ = func.__kwdefaults__
+    return same
 
 
 @functools.cache

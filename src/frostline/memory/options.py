@@ -23,9 +23,9 @@ class MemoryOptions(BaseModel):
     """How the tensors that autograd saves are kept.
 
     ``level``: ``off``; ``safe`` (8 bits); ``slimfit`` (8 bits, 4 where gradients bear it: within a cosine of 0.99);
-    ``published`` (SlimFit's released formats); ``max`` (4 bits wherever gradients bear it). ``budget``: bytes (or
-    "6GiB") that a process may take for weights, optimizer's state, gradients and activations; what does not fit is
-    made to, by micro-batches, gradient checkpointing, or compression up to ``level`` (default then: ``slimfit``).
+    ``published`` (SlimFit's released formats); ``max`` (4 bits for attention and normalisations as well). ``budget``:
+    bytes (or "6GiB") that a process may take for weights, optimizer's state, gradients and activations; what does not
+    fit is made to, by micro-batches, gradient checkpointing, or compression up to ``level`` (default: ``slimfit``).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
