@@ -14,8 +14,8 @@ with a thread each: accuracy is the figure here, not time. The loss (full minus 
 item on the test split, as accuracy.py does, and pooled with every task counting alike. A run that was cut off goes on
 where it stopped.
 
-With ``--share`` nothing is tuned: the runs of full fine-tuning are those of results/interlayer.json, and ours runs with
-the share that was given, at the geometric mean of the two rates that were found there. Its own best may do better. With
+With ``--share`` nothing is tuned: the runs of full fine-tuning are those of results/interlayer.json that were made on a
+device like this one, and ours runs with the share that was given, at the geometric mean of the two rates found there. Its own best may do better. With
 ``--share 0`` nothing rests: it is full fine-tuning, at its rate, with its activations compressed.
 """
 
@@ -139,7 +139,8 @@ def _with_share(tuned: dict[str, Any], options: argparse.Namespace) -> dict[str,
         "rates": {"full": full, "ours": float(f"{between:.3g}")},
         "at_the_end": tuned["at_the_end"] if options.share else dict.fromkeys(SIDES, tuned["at_the_end"]["full"]),
         "shares": {"full": 0.0, "ours": options.share},
-        "runs": [run for run in tuned["runs"] if run["side"] == "full"],
+        # Another device rounds otherwise, and training makes much of that.
+        "runs": [run for run in tuned["runs"] if run["side"] == "full" and run["device"] == accelerator()],
     }
 
 

@@ -12,6 +12,7 @@ import pytest
 from benchmarks.abreast import abreast
 from benchmarks.memory_tables import drift as drift_table
 from benchmarks.memory_tables import interlayer as interlayer_table
+from benchmarks.reports import accelerator
 
 from benchmarks import drift, interlayer
 
@@ -42,6 +43,7 @@ class Lab:
         right = np.random.default_rng(seed).random(200) < (0.9 if side == "full" else 0.8)
         return {
             "seed": seed,
+            "device": accelerator(),
             "validation": {"accuracy": accuracy, "loss": 1.0},
             "correct": "".join(str(int(r)) for r in right),
         }
@@ -124,6 +126,19 @@ def test_another_share_takes_the_runs_of_full_fine_tuning(
     assert ("a share of each kind" in "\n".join(interlayer_table(report))) == (within == "kind")
     interlayer.main(["--tasks", "trec", "--share", "0.5", "--within", within, "--seeds", "4"])
     assert [side for side, *_ in lab.ran[3:]] == ["full", "ours"], "what there is counts"
+
+
+def test_runs_of_another_device_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interlayer, "RESULTS", tmp_path)
+    lab = Lab(monkeypatch, {"full": 1e-4, "ours": 4e-4})
+    interlayer.main(["--tasks", "trec"])
+    tuned = tmp_path / "interlayer.json"
+    report = json.loads(tuned.read_text())
+    next(run for run in report["tasks"]["trec"]["runs"] if run["side"] == "full")["device"] = "another"
+    tuned.write_text(json.dumps(report))
+    lab.ran.clear()
+    interlayer.main(["--tasks", "trec", "--share", "0.5"])
+    assert [side for side, *_ in lab.ran].count("full") == 1
 
 
 def test_with_nothing_at_rest_it_is_full_fine_tuning_at_its_rate(
