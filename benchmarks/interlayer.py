@@ -15,8 +15,9 @@ item on the test split, as accuracy.py does, and pooled with every task counting
 where it stopped.
 
 With ``--share`` nothing is tuned: the runs of full fine-tuning are those of results/interlayer.json that were made on a
-device like this one, and ours runs with the share that was given, at the geometric mean of the two rates found there. Its own best may do better. With
-``--share 0`` nothing rests: it is full fine-tuning, at its rate, with its activations compressed.
+device like this one, and ours runs with the share that was given, at the geometric mean of the two rates that were
+found there. Its own best may do better. With ``--share 0`` nothing rests: it is full fine-tuning, at its rate, with its
+activations compressed.
 """
 
 from __future__ import annotations
