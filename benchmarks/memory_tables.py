@@ -215,14 +215,7 @@ def resting(report: dict[str, Any]) -> Iterable[str]:
     """What ``resting.py`` counted."""
     yield f"Which layers train under policy `interlayer`, and what is skipped ({report['steps']} steps of training):\n"
     yield from rows(
-        [
-            "recipe",
-            "share at rest",
-            "ranked within",
-            *(f"{sort} train" for sort in SORTS),
-            "least of all layers",
-            "weight gradients skipped",
-        ],
+        ["recipe", "share at rest", "ranked within", *(f"{sort} train" for sort in SORTS), "weight gradients skipped"],
         (
             [
                 name,
@@ -232,7 +225,6 @@ def resting(report: dict[str, Any]) -> Iterable[str]:
                     f"{100 * way['trained'][sort]['of_steps']:.0f} %" if sort in way["trained"] else "-"
                     for sort in SORTS
                 ),
-                f"{100 * way['least']:.0f} %",
                 f"{100 * way['skipped']:.0f} %",
             ]
             for name, ways in report["models"].items()

@@ -84,7 +84,6 @@ def train(model: nn.Module, batches: list[dict[str, torch.Tensor]], rate: float,
 
     Returns:
         ``trained``: of each sort of layers how many there are, and the mean share of steps at which one trained;
-        ``least``: the share of steps at which the layer trained that trained least;
         ``skipped``: the share of the operations on gradients of weights that was not done.
     """
     whole, none = copy.deepcopy(model), copy.deepcopy(model)
@@ -119,7 +118,6 @@ def train(model: nn.Module, batches: list[dict[str, torch.Tensor]], rate: float,
             for sort in SORTS
             if (paths := [path for path in layers if sorts[path] == sort])
         },
-        "least": min(trained[path] for path in layers) / counted,
         "skipped": mean(skipped),
     }
 
