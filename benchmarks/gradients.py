@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,9 @@ if not __package__:  # run as a script: its siblings are found from the root of 
 
 from benchmarks.reports import RESULTS, made_by, write  # noqa: E402
 from frostline import BlockStack  # noqa: E402
+from frostline.freezer import Freezer  # noqa: E402
 from frostline.memory import LEVELS, footprint, gradient_cosines  # noqa: E402
+from frostline.policies import Decision  # noqa: E402
 from frostline.recipes.runner import prepare  # noqa: E402
 from frostline.recipes.schema import load_recipe  # noqa: E402
 from frostline.tasks.registry import TASKS  # noqa: E402
@@ -92,11 +92,14 @@ def compare(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> d
     stack = BlockStack.find(model)
     model.train()
     whole = sum(footprint(model, stack.blocks, ((), inputs)).total for inputs in batches)
+    norms = frozenset(name for name, p in model.named_parameters() if name.endswith("weight") and p.dim() == 1)
+    freezer = Freezer(stack)
     found = {}
     for level in tqdm([name for name in LEVELS if name != "off"], desc="levels"):
         cosines = _least(stack, batches, level)
-        with _at_rest(model):
-            resting = _least(stack, batches, level)
+        freezer.apply(Decision(0, norms))
+        resting = _least(stack, batches, level)
+        freezer.release()
         kept = sum(footprint(model, stack.blocks, ((), inputs), level).total for inputs in batches)
         target = TARGETS.get(level)
         met = target is None or min(*cosines.values(), *resting.values()) >= target
@@ -109,18 +112,6 @@ def compare(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> d
 def _least(stack: BlockStack, batches: list[dict[str, torch.Tensor]], level: str) -> dict[str, float]:
     each = [gradient_cosines(stack, ((), inputs), level) for inputs in batches]
     return {part: min(cosine[part] for cosine in each) for part in each[0]}
-
-
-@contextmanager
-def _at_rest(model: torch.nn.Module) -> Iterator[None]:
-    norms = [p for name, p in model.named_parameters() if name.endswith("weight") and p.dim() == 1 and p.requires_grad]
-    for weight in norms:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in norms:
-            weight.requires_grad_(True)
 
 
 if __name__ == "__main__":

@@ -127,8 +127,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _with_share(tuned: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """What is known of a task before ours has run with another share than the one that was tuned."""
-    full = tuned["rates"]["full"]
-    between = math.sqrt(full * tuned["rates"]["ours"]) if options.share else full
+    other = "ours" if options.share else "full"
+    between = math.sqrt(tuned["rates"]["full"] * tuned["rates"][other])
     return {
         "settings": {
             **tuned["settings"],
@@ -137,8 +137,8 @@ def _with_share(tuned: dict[str, Any], options: argparse.Namespace) -> dict[str,
             **({"within": options.within} if options.within != "model" else {}),
         },
         **made_by("interlayer.py", TUNING_SEED, accelerator()),
-        "rates": {"full": full, "ours": float(f"{between:.3g}")},
-        "at_the_end": tuned["at_the_end"] if options.share else dict.fromkeys(SIDES, tuned["at_the_end"]["full"]),
+        "rates": {"full": tuned["rates"]["full"], "ours": float(f"{between:.3g}")},
+        "at_the_end": {"full": tuned["at_the_end"]["full"], "ours": tuned["at_the_end"][other]},
         "shares": {"full": 0.0, "ours": options.share},
         # Another device rounds otherwise, and training makes much of that.
         "runs": [run for run in tuned["runs"] if run["side"] == "full" and run["device"] == accelerator()],

@@ -114,7 +114,6 @@ class Frostline:
         # A gradient is the mean over a batch: where batches grow, an interval's sum counts it as many times more.
         self._first_batch, self._weight = batch_size, 1.0
         self.seconds = {"statistics": 0.0, "decide": 0.0}
-        self._looked = False  # whether before_step() was called before this step
         self._blocks_path = blocks
         self._model_class = type(model).__name__
         self._active = policy != "none"
@@ -198,7 +197,6 @@ class Frostline:
         if self._statistics is None:
             return
         start = time.perf_counter()
-        self._looked = True
         self._learning_rate = learning_rate(self.freezer.optimizer)
         scaled = self.scaler is not None and self.scaler.is_enabled()
         loss_scale = self.scaler.get_scale() if scaled and not unscaled else 1.0
@@ -212,10 +210,8 @@ class Frostline:
             self.limit("memory", NOT_COMPRESSED)
         if self._statistics is not None:
             start = time.perf_counter()
-            if not self._looked:
+            if not self._statistics.after_step():
                 self.limit("statistics", NOT_LOOKED)
-            self._looked = False
-            self._statistics.after_step()
             self.seconds["statistics"] += time.perf_counter() - start
         if self.cache is not None:
             self.cache.agree()

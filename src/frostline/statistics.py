@@ -129,7 +129,7 @@ class WeightChange:
 
     def __init__(self, layers: Mapping[str, nn.Parameter]) -> None:
         self._layers = dict(layers)
-        self._before: dict[str, torch.Tensor] | None = None
+        self._before: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def before(self) -> None:
@@ -138,13 +138,8 @@ class WeightChange:
 
     @torch.no_grad()
     def after(self) -> dict[str, float] | None:
-        """The change of each layer that had a gradient.
-
-        ``None`` where nothing moved (a scaler skipped the step), or :meth:`before` was not called.
-        """
-        before, self._before = self._before, None
-        if before is None:
-            return None
+        """The change of each layer that had a gradient; ``None`` where nothing moved (a scaler skipped the step)."""
+        before, self._before = self._before, {}
         copies, layers = list(before.values()), [self._layers[name] for name in before]
         sizes = _norms(copies)
         if copies:
@@ -203,6 +198,7 @@ class Measurements:
         self._sums = GradientSum(blocks) if "gradient_sum" in needs else None
         self._change = WeightChange(layers) if "weight_change" in needs else None
         self._changes: dict[str, float] | None = None
+        self._looked = False
 
     @property
     def steps(self) -> int:
@@ -211,15 +207,19 @@ class Measurements:
 
     def before_step(self, scale: float = 1.0, *, check: bool = False) -> None:
         """Read the gradients (times ``scale``), and the weights as they are before the step."""
+        self._looked = True
         if self._sums is not None:
             self._sums.update(scale, check=check)
         if self._change is not None:
             self._change.before()
 
-    def after_step(self) -> None:
-        """Read the weights as they are after the step."""
+    def after_step(self) -> bool:
+        """Read the weights as they are after the step; whether :meth:`before_step` was called, without which there is
+        nothing to compare them with."""
+        looked, self._looked = self._looked, False
         if self._change is not None:
-            self._changes = self._change.after()
+            self._changes = self._change.after() if looked else None
+        return looked
 
     def observed(self) -> dict[str, Any]:
         """What an :class:`~frostline.policies.base.Observation` says of them."""

@@ -145,9 +145,8 @@ def cast_from(call: Call | None, saved: Tensor, role: Role) -> Tensor | None:
 
 
 def _first(call: Call) -> Any:
-    if call.name == "einsum":  # an equation stands first, and operands may be a list
-        return next(iter(_factors(call)), None)
-    return call.argument(*_FIRST.get(call.name, (0, "input")))
+    given = call.argument(*_FIRST.get(call.name, (0, "input")))
+    return given[0] if isinstance(given, (list, tuple)) and given else given
 
 
 def _weight(call: Call) -> Any:
@@ -167,8 +166,8 @@ def _matmul(call: Call, first: Tensor, saved: Tensor) -> Role:
 
 def _einsum(call: Call, first: Tensor, saved: Tensor) -> Role:
     # Of a weight whose dimensions were to change places a copy is saved, which looks like any other factor.
-    weights = (factor for factor in _factors(call) if (factor if factor._base is None else factor._base).is_leaf)
-    return Role.EXACT if any(weight.numel() == saved.numel() for weight in weights) else _matmul(call, first, saved)
+    copied = any(_is_leaf(factor) and factor.numel() == saved.numel() for factor in _factors(call))
+    return Role.EXACT if copied else _matmul(call, first, saved)
 
 
 def _factors(call: Call) -> list[Tensor]:
@@ -206,10 +205,15 @@ def _is_cast(saved: Tensor, argument: Any) -> bool:
     """Whether ``saved`` may be what autocast made of a weight: packing it would free nothing, and lose something."""
     if not isinstance(argument, Tensor) or argument.dtype == saved.dtype:
         return False
-    if not (argument if argument._base is None else argument._base).is_leaf:
+    if not _is_leaf(argument):
         return False
     shape: tuple[int, ...] = tuple(argument.shape)
     return tuple(saved.shape) in (shape, shape[::-1])
+
+
+def _is_leaf(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a weight, or a view of one."""
+    return (tensor if tensor._base is None else tensor._base).is_leaf
 
 
 def _narrows(first: Tensor, weight: Tensor) -> bool:
@@ -239,7 +243,7 @@ _ELEMENTWISE = (
 # A value that is moved over a kink has another derivative, however little it is moved.
 _KINKED = ("leaky_relu", "relu6", "hardtanh")
 # Which argument is meant by the first one, where that is not the one at the front.
-_FIRST = {"addmm": (1, "mat1"), "scaled_dot_product_attention": (0, "query")}
+_FIRST = {"addmm": (1, "mat1"), "einsum": (1, "operands"), "scaled_dot_product_attention": (0, "query")}
 _ROLES: dict[str, _Finder] = {
     **dict.fromkeys(_WEIGHTED, _weighted),
     "matmul": _matmul,

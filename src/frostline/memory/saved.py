@@ -95,10 +95,7 @@ class Shelf:
 
     def pack(self, saved: Tensor, call: Call | None) -> Kept:
         """Keep ``saved``, which the operation ``call`` needs in the backward pass (``None``: it is not known)."""
-        if saved.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(saved):
-            return _Raw(saved)  # sparse, jagged, or (vmap) without a storage
-        storage = saved.untyped_storage()
-        if storage._cdata in self._parameters or storage._cdata in self._raw:
+        if not self._is_new(saved):
             return _Raw(saved)
         role, how = self._format(saved, call)
         return self._whole(saved, call, role) if how is None else self._packed(saved, call, role, how)
@@ -116,13 +113,8 @@ class Shelf:
 
     def beside(self, tensor: Tensor, call: Call | None) -> None:
         """An operation that takes another's place keeps ``tensor`` itself, as it is: a mask of attention, say."""
-        if tensor.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            return
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._parameters and storage._cdata not in self._raw:
-            self._hold(storage)
-            self._raw.add(storage._cdata)
-            self._tell(call, Role.EXACT, storage.nbytes())
+        if self._is_new(tensor):
+            self._all_of(tensor.untyped_storage(), call, Role.EXACT)
 
     def clear(self) -> None:
         """Forget what was saved: the backward pass has it, and the next pass saves anew."""
@@ -177,10 +169,20 @@ class Shelf:
         if self.level.slices and 2 * nbytes < held and not _repeats(saved):
             self._tell(call, role, nbytes)
             return _Raw(saved.detach().clone())
+        self._all_of(storage, call, role)
+        return _Raw(saved)
+
+    def _is_new(self, tensor: Tensor) -> bool:
+        """Whether keeping ``tensor`` takes memory that neither parameters nor what is kept as it is hold anyway."""
+        if tensor.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return False  # sparse, jagged, or (vmap) without a storage: not known
+        storage = tensor.untyped_storage()._cdata
+        return storage not in self._parameters and storage not in self._raw
+
+    def _all_of(self, storage: torch.UntypedStorage, call: Call | None, role: Role) -> None:
         self._hold(storage)
         self._raw.add(storage._cdata)
-        self._tell(call, role, held)
-        return _Raw(saved)
+        self._tell(call, role, storage.nbytes())
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
         """Whatever becomes of ``storage``: its number is given to no other until :meth:`clear`."""

@@ -165,7 +165,7 @@ def _check_statistics(run: Run, fresh: Policy[Any], plan: Plan) -> tuple[str, ..
     recorded_needs = recorded_class.needs if recorded_class is not None else fresh.needs
     lacking = sorted(fresh.needs - recorded_needs)
     every = fresh.log_every
-    if not lacking and every > 1:
+    if not lacking and fresh.needs and every > 1:
         raise ConfigError(
             f"policy {fresh.name!r} builds on every one of its decisions, and of run '{run.path}' each {every}th was "
             "recorded: it cannot be replayed; replay a run of a policy that decides now and then (gradient-norm)"
