@@ -48,7 +48,8 @@ demo: fetch ## fine-tune a real model with and without freezing, and report both
 	$(BIN)/frostline report $(DEMO_RUN)
 
 test: fetch ## run the tests
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	@# A worker that dies ends the run, red: replaced, pytest-xdist 3.8 may wait for ever (its issue 1378).
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
 
 test-faults: fetch ## run the long tests that kill and break things
 	$(TEST_ENV) $(BIN)/python -m pytest -m faults

@@ -12,16 +12,15 @@ import torch.distributed as dist
 
 from frostline.distributed import Agreement, from_first
 from frostline.errors import ConfigError
+from tests.ranks import alone
 
 LAYERS = ("blocks.0.weight", "blocks.1.weight")
 
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """A process group of one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with alone():
+        yield
 
 
 @pytest.mark.parametrize(

@@ -24,16 +24,15 @@ from frostline.errors import ModelError
 from frostline.memory import LiveBytes
 from tests.adapters.hosts import batches, bert
 from tests.distributed.traffic import Traffic, active_bytes, counted
+from tests.ranks import alone
 
 PLAN: dict[str, Any] = {"steps_per_epoch": 8, "epochs": 1, "batch_size": 8}
 
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """A process group of one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with alone():
+        yield
 
 
 def _step(ddp: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
