@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from frostline.errors import ConfigError
 from frostline.policies.base import Decision
@@ -99,11 +101,14 @@ def test_gradients_above_the_line_are_those_of_the_whole_model(architecture: Arc
     free, frozen = Run(architecture), Run(architecture)
     frozen.freeze(DEPTH)
     losses = []
-    for run in (free, frozen):
-        run.model.eval()
-        loss = run.model(**architecture.inputs()).loss
-        loss.backward()
-        losses.append(loss.detach())
+    # Once nothing trains an attention bias torch takes its fused kernel, which rounds differently on some machines.
+    one_kernel = sdpa_kernel(SDPBackend.MATH) if architecture is BY_NAME["t5"] else nullcontext()
+    with one_kernel:
+        for run in (free, frozen):
+            run.model.eval()
+            loss = run.model(**architecture.inputs()).loss
+            loss.backward()
+            losses.append(loss.detach())
     assert torch.equal(*losses)
     expected = dict(free.model.named_parameters())
     for name, parameter in frozen.model.named_parameters():
