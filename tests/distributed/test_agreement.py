@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,15 +11,10 @@ import torch.distributed as dist
 
 from frostline.distributed import Agreement, from_first
 from frostline.errors import ConfigError
-from tests.ranks import alone
+
+pytestmark = pytest.mark.usefixtures("alone")
 
 LAYERS = ("blocks.0.weight", "blocks.1.weight")
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    with alone():
-        yield
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import gc
 import inspect
 import warnings
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,15 +23,10 @@ from frostline.errors import ModelError
 from frostline.memory import LiveBytes
 from tests.adapters.hosts import batches, bert
 from tests.distributed.traffic import Traffic, active_bytes, counted
-from tests.ranks import alone
+
+pytestmark = pytest.mark.usefixtures("alone")
 
 PLAN: dict[str, Any] = {"steps_per_epoch": 8, "epochs": 1, "batch_size": 8}
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    with alone():
-        yield
 
 
 def _step(ddp: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -102,8 +102,7 @@ def test_gradients_above_the_line_are_those_of_the_whole_model(architecture: Arc
     frozen.freeze(DEPTH)
     losses = []
     # Once nothing trains an attention bias torch takes its fused kernel, which rounds differently on some machines.
-    one_kernel = sdpa_kernel(SDPBackend.MATH) if architecture is BY_NAME["t5"] else nullcontext()
-    with one_kernel:
+    with sdpa_kernel(SDPBackend.MATH) if architecture is BY_NAME["t5"] else nullcontext():
         for run in (free, frozen):
             run.model.eval()
             loss = run.model(**architecture.inputs()).loss
