@@ -4,6 +4,7 @@
     python benchmarks/interlayer.py                 # all that results/interlayer.json has not yet
     python benchmarks/interlayer.py --share 0.5     # another share: writes results/interlayer-share-0.5.json
     python benchmarks/interlayer.py --share 0.34 --within kind    # results/interlayer-share-0.34-kind.json
+    python benchmarks/interlayer.py --share 0.34 --within kind --tune    # ... -kind-tuned.json
     python benchmarks/interlayer.py --share 0       # compression alone: results/interlayer-share-0.json
 
 Each side has a learning rate of its own, tuned alike: the one with the best validation accuracy (then the least
@@ -16,8 +17,9 @@ where it stopped.
 
 With ``--share`` nothing is tuned: the runs of full fine-tuning are those of results/interlayer.json that were made on a
 device like this one, and ours runs with the share that was given, at the geometric mean of the two rates that were
-found there. Its own best may do better. With ``--share 0`` nothing rests: it is full fine-tuning, at its rate, with its
-activations compressed.
+found there. Its own best may do better. With ``--tune`` validation chooses, by the seed that is not compared, between
+the rate of full fine-tuning and twice that: where no more than half rests, what a layer loses in steps is between
+these. With ``--share 0`` nothing rests: it is full fine-tuning, at its rate, with its activations compressed.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +78,16 @@ def main(arguments: list[str] | None = None) -> int:
         "--share", type=float, help="let this share rest (0: none), with the learning rates that were found"
     )
     parser.add_argument("--within", choices=("model", "kind"), default="model", help="ranked together (default model)")
+    parser.add_argument("--tune", action="store_true", help="ours at its best of two rates, on validation")
     parser.add_argument("--out", type=Path, help="results file")
     options = parser.parse_args(arguments)
     if options.share is None and options.within != "model":
         parser.error("--within kind goes with --share")
+    if options.tune and not options.share:
+        parser.error("--tune goes with a --share above 0: without one, both sides are tuned anyway")
     tuned = RESULTS / "interlayer.json"
-    kind = "-kind" * (options.within == "kind")
-    out = options.out or (
-        tuned if options.share is None else RESULTS / f"interlayer-share-{options.share:g}{kind}.json"
-    )
+    how = "-kind" * (options.within == "kind") + "-tuned" * options.tune
+    out = options.out or (tuned if options.share is None else RESULTS / f"interlayer-share-{options.share:g}{how}.json")
     report = _read(out)
     for name in options.tasks:
         fresh = _fresh(name) if options.share is None else _with_share(_read(tuned)["tasks"][name], options)
@@ -96,7 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
             write(report, out)
 
         if options.share is None:
-            tune(found, name, options.at_once, save)
+            tune(found, name, SIDES, options.at_once, save)
+        elif options.tune:
+            tune(found, name, ("ours",), options.at_once, save)
         measure(found, name, options.seeds, options.at_once, save)
         print(name, json.dumps({"rates": found["rates"], "shares": found["shares"], **found["comparison"]}))
     print(json.dumps(report["pooled"]))
@@ -128,18 +134,20 @@ def _read(file: Path) -> dict[str, Any]:
 def _with_share(tuned: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """What is known of a task before ours has run with another share than the one that was tuned."""
     other = "ours" if options.share else "full"
-    between = math.sqrt(tuned["rates"]["full"] * tuned["rates"][other])
+    full = tuned["rates"]["full"]
+    between = math.sqrt(full * tuned["rates"][other])
     return {
         "settings": {
             **tuned["settings"],
             "shares": [options.share],
-            "tuning": None,
+            **({"rates": [full, 2 * full], "tuning": [TUNING_SEED, 0]} if options.tune else {"tuning": None}),
             **({"within": options.within} if options.within != "model" else {}),
         },
         **made_by("interlayer.py", TUNING_SEED, accelerator()),
-        "rates": {"full": tuned["rates"]["full"], "ours": float(f"{between:.3g}")},
+        "rates": {"full": full, "ours": float(f"{between:.3g}")},
         "at_the_end": {"full": tuned["at_the_end"]["full"], "ours": tuned["at_the_end"][other]},
         "shares": {"full": 0.0, "ours": options.share},
+        "tuning": [],
         # Another device rounds otherwise, and training makes much of that.
         "runs": [run for run in tuned["runs"] if run["side"] == "full" and run["device"] == accelerator()],
     }
@@ -153,8 +161,11 @@ def _run(name: str, side: str, rate: float, seed: int, share: float, within: str
     return one_run(name, changes, seed, 1)
 
 
-def tune(found: dict[str, Any], name: str, at_once: int, save: Any) -> None:
-    """Learning rate and share of each side: into ``found["rates"]`` and ``found["shares"]``; ``tuning``: all tries."""
+def tune(found: dict[str, Any], name: str, sides: Sequence[str], at_once: int, save: Any) -> None:
+    """Learning rate and share of ``sides``: into ``found["rates"]`` and ``found["shares"]``; ``tuning``: all tries."""
+    settings = found["settings"]
+    shares = {**SHARES, "ours": settings["shares"]}
+    beyond = settings["tuning"][1]
 
     def tried(side: str, share: float | None = None) -> list[dict[str, Any]]:
         return [t for t in found["tuning"] if t["side"] == side and share in (None, t["share"])]
@@ -165,32 +176,36 @@ def tune(found: dict[str, Any], name: str, at_once: int, save: Any) -> None:
         save()
 
     while missing := {
-        (side, share, rate): (name, side, rate, TUNING_SEED, share, "model")
-        for side in SIDES
-        for share in SHARES[side]
-        for rate in _wanted(tried(side, share), RATES[name])
+        (side, share, rate): (name, side, rate, TUNING_SEED, share, _within(found))
+        for side in sides
+        for share in shares[side]
+        for rate in _wanted(tried(side, share), settings["rates"], beyond)
     }:
         abreast(_run, missing, done, at_once=at_once)
-    best = {side: _best(tried(side)) for side in SIDES}
-    found["rates"] = {side: float(best[side]["rate"]) for side in SIDES}
-    found["shares"] = {side: best[side]["share"] for side in SIDES}
-    # Whether a higher or lower rate might have done better still.
-    found["at_the_end"] = {
-        side: found["rates"][side] in (min(rates), max(rates))
-        for side in SIDES
-        for rates in ([t["rate"] for t in tried(side, found["shares"][side])],)
-    }
+    for of in ("rates", "shares", "at_the_end"):
+        found.setdefault(of, {})
+    for side in sides:
+        best = _best(tried(side))
+        rates = {t["rate"] for t in tried(side, best["share"])}
+        found["rates"][side], found["shares"][side] = float(best["rate"]), best["share"]
+        # Whether a higher or lower rate might have done better still. Where none is tried beyond, there is a reason.
+        found["at_the_end"][side] = beyond > 0 and best["rate"] in (min(rates), max(rates))
 
 
-def _wanted(tried: list[dict[str, Any]], rates: tuple[float, ...]) -> list[float]:
+def _wanted(tried: list[dict[str, Any]], rates: Sequence[float], beyond: int) -> list[float]:
     """Rates that are still to be tried: those of the grid, then one beyond the end at which the best lies."""
     known = sorted(t["rate"] for t in tried)
     if missing := [rate for rate in rates if rate not in known]:
         return missing
     best = float(_best(tried)["rate"])
-    if len(known) >= len(rates) + MOST_BEYOND or best not in (known[0], known[-1]):
+    if len(known) >= len(rates) + beyond or best not in (known[0], known[-1]):
         return []
     return [best * 2 if best == known[-1] else best / 2]
+
+
+def _within(found: dict[str, Any]) -> str:
+    within: str = found["settings"].get("within", "model")
+    return within
 
 
 def _best(tried: list[dict[str, Any]]) -> dict[str, Any]:
@@ -213,7 +228,7 @@ def measure(found: dict[str, Any], name: str, seeds: int, at_once: int, save: An
             found["rates"][side],
             seed,
             found["shares"][side],
-            found["settings"].get("within", "model"),
+            _within(found),
         )
         for seed in range(seeds)
         for side in SIDES

@@ -128,6 +128,31 @@ def test_another_share_takes_the_runs_of_full_fine_tuning(
     assert [side for side, *_ in lab.ran[3:]] == ["full", "ours"], "what there is counts"
 
 
+def test_another_share_can_be_tuned_to_its_best_of_two_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interlayer, "RESULTS", tmp_path)
+    lab = Lab(monkeypatch, {"full": 1e-4, "ours": 4e-4})
+    interlayer.main(["--tasks", "trec"])
+    lab.ran.clear()
+    lab.within.clear()
+    lab.best = {"full": 1e-4, "ours": 1e-4}
+    arguments = ["--tasks", "trec", "--share", "0.34", "--within", "kind", "--tune"]
+    interlayer.main(arguments)
+    assert lab.ran[:2] == [("ours", 1e-4, interlayer.TUNING_SEED, 0.34), ("ours", 2e-4, interlayer.TUNING_SEED, 0.34)]
+    assert lab.ran[2:] == [("ours", 1e-4, seed, 0.34) for seed in range(3)], "full fine-tuning's rate did better"
+    assert set(lab.within) == {"kind"}
+    report = json.loads((tmp_path / "interlayer-share-0.34-kind-tuned.json").read_text())
+    assert "(end)" not in "\n".join(interlayer_table(report)), "none is tried beyond the two"
+    interlayer.main(arguments)
+    assert len(lab.ran) == 5, "what is done is done"
+
+
+@pytest.mark.parametrize("arguments", [["--tune"], ["--tune", "--share", "0"], ["--within", "kind"]])
+def test_what_does_not_go_together_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        interlayer.main(arguments)
+    assert "goes with" in capsys.readouterr().err
+
+
 def test_runs_of_another_device_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interlayer, "RESULTS", tmp_path)
     lab = Lab(monkeypatch, {"full": 1e-4, "ours": 4e-4})
