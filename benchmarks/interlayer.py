@@ -4,7 +4,7 @@
     python benchmarks/interlayer.py                 # all that results/interlayer.json has not yet
     python benchmarks/interlayer.py --share 0.5     # another share: writes results/interlayer-share-0.5.json
     python benchmarks/interlayer.py --share 0.34 --within kind    # results/interlayer-share-0.34-kind.json
-    python benchmarks/interlayer.py --share 0.34 --within kind --tune    # ... -kind-tuned.json
+    python benchmarks/interlayer.py --share 0.34 --within kind --rate same    # ...-kind-same.json
     python benchmarks/interlayer.py --share 0       # compression alone: results/interlayer-share-0.json
 
 Each side has a learning rate of its own, tuned alike: the one with the best validation accuracy (then the least
@@ -15,11 +15,12 @@ with a thread each: accuracy is the figure here, not time. The loss (full minus 
 item on the test split, as accuracy.py does, and pooled with every task counting alike. A run that was cut off goes on
 where it stopped.
 
-With ``--share`` nothing is tuned: the runs of full fine-tuning are those of results/interlayer.json that were made on a
-device like this one, and ours runs with the share that was given, at the geometric mean of the two rates that were
-found there. Its own best may do better. With ``--tune`` validation chooses, by the seed that is not compared, between
-the rate of full fine-tuning and twice that: where no more than half rests, what a layer loses in steps is between
-these. With ``--share 0`` nothing rests: it is full fine-tuning, at its rate, with its activations compressed.
+With ``--share`` the runs of full fine-tuning are those of results/interlayer.json that were made on a device like this
+one, and ours runs with the share that was given, at the rate that ``--rate`` names: ``between`` is the geometric mean
+of the two that were found there; ``same`` is full fine-tuning's, as for somebody who adds one line and changes nothing
+else; ``tuned`` is the better of that and twice that on validation, by the seed that is not compared (where no more than
+half rests, what a layer loses in steps lies between them). With ``--share 0`` nothing rests: it is full fine-tuning, at
+its rate, with its activations compressed.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ CHANGES = {
 # Of the layers that rest at each step; full fine-tuning has none.
 SHARES: dict[str, tuple[float, ...]] = {"full": (0.0,), "ours": (0.9, 0.75)}
 BOTH = ["cache.mode=off", "schedule=null"]
+OUR_RATES = ("between", "same", "tuned")
 TUNING_SEED = 100
 MOST_BEYOND = 2
 TARGET = 0.5
@@ -78,15 +80,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--share", type=float, help="let this share rest (0: none), with the learning rates that were found"
     )
     parser.add_argument("--within", choices=("model", "kind"), default="model", help="ranked together (default model)")
-    parser.add_argument("--tune", action="store_true", help="ours at its best of two rates, on validation")
+    parser.add_argument("--rate", choices=OUR_RATES, default="between", help="of ours, with --share (default between)")
     parser.add_argument("--out", type=Path, help="results file")
     options = parser.parse_args(arguments)
     if options.share is None and options.within != "model":
         parser.error("--within kind goes with --share")
-    if options.tune and not options.share:
-        parser.error("--tune goes with a --share above 0: without one, both sides are tuned anyway")
+    if not options.share and options.rate != "between":
+        parser.error(f"--rate {options.rate} goes with a --share above 0: without one, both sides are tuned")
     tuned = RESULTS / "interlayer.json"
-    how = "-kind" * (options.within == "kind") + "-tuned" * options.tune
+    how = "-kind" * (options.within == "kind") + f"-{options.rate}" * (options.rate != "between")
     out = options.out or (tuned if options.share is None else RESULTS / f"interlayer-share-{options.share:g}{how}.json")
     report = _read(out)
     for name in options.tasks:
@@ -101,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         if options.share is None:
             tune(found, name, SIDES, options.at_once, save)
-        elif options.tune:
+        elif options.rate == "tuned":
             tune(found, name, ("ours",), options.at_once, save)
         measure(found, name, options.seeds, options.at_once, save)
         print(name, json.dumps({"rates": found["rates"], "shares": found["shares"], **found["comparison"]}))
@@ -135,17 +137,22 @@ def _with_share(tuned: dict[str, Any], options: argparse.Namespace) -> dict[str,
     """What is known of a task before ours has run with another share than the one that was tuned."""
     other = "ours" if options.share else "full"
     full = tuned["rates"]["full"]
-    between = math.sqrt(full * tuned["rates"][other])
+    between = float(f"{math.sqrt(full * tuned['rates'][other]):.3g}")
     return {
         "settings": {
             **tuned["settings"],
             "shares": [options.share],
-            **({"rates": [full, 2 * full], "tuning": [TUNING_SEED, 0]} if options.tune else {"tuning": None}),
+            "tuning": None,
+            **({"rates": [full, 2 * full], "tuning": [TUNING_SEED, 0]} if options.rate == "tuned" else {}),
+            **({"rate": "same"} if options.rate == "same" else {}),
             **({"within": options.within} if options.within != "model" else {}),
         },
         **made_by("interlayer.py", TUNING_SEED, accelerator()),
-        "rates": {"full": full, "ours": float(f"{between:.3g}")},
-        "at_the_end": {"full": tuned["at_the_end"]["full"], "ours": tuned["at_the_end"][other]},
+        "rates": {"full": full, "ours": full if options.rate == "same" else between},
+        "at_the_end": {
+            "full": tuned["at_the_end"]["full"],
+            "ours": options.rate == "between" and tuned["at_the_end"][other],
+        },
         "shares": {"full": 0.0, "ours": options.share},
         "tuning": [],
         # Another device rounds otherwise, and training makes much of that.

@@ -135,7 +135,7 @@ def test_another_share_can_be_tuned_to_its_best_of_two_rates(tmp_path: Path, mon
     lab.ran.clear()
     lab.within.clear()
     lab.best = {"full": 1e-4, "ours": 1e-4}
-    arguments = ["--tasks", "trec", "--share", "0.34", "--within", "kind", "--tune"]
+    arguments = ["--tasks", "trec", "--share", "0.34", "--within", "kind", "--rate", "tuned"]
     interlayer.main(arguments)
     assert lab.ran[:2] == [("ours", 1e-4, interlayer.TUNING_SEED, 0.34), ("ours", 2e-4, interlayer.TUNING_SEED, 0.34)]
     assert lab.ran[2:] == [("ours", 1e-4, seed, 0.34) for seed in range(3)], "full fine-tuning's rate did better"
@@ -146,7 +146,17 @@ def test_another_share_can_be_tuned_to_its_best_of_two_rates(tmp_path: Path, mon
     assert len(lab.ran) == 5, "what is done is done"
 
 
-@pytest.mark.parametrize("arguments", [["--tune"], ["--tune", "--share", "0"], ["--within", "kind"]])
+def test_another_share_can_keep_the_rate_of_full_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interlayer, "RESULTS", tmp_path)
+    lab = Lab(monkeypatch, {"full": 1e-4, "ours": 4e-4})
+    interlayer.main(["--tasks", "trec"])
+    lab.ran.clear()
+    interlayer.main(["--tasks", "trec", "--share", "0.34", "--rate", "same"])
+    assert lab.ran == [("ours", 1e-4, seed, 0.34) for seed in range(3)]
+    assert (tmp_path / "interlayer-share-0.34-same.json").is_file()
+
+
+@pytest.mark.parametrize("arguments", [["--rate", "same"], ["--rate", "tuned", "--share", "0"], ["--within", "kind"]])
 def test_what_does_not_go_together_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         interlayer.main(arguments)
