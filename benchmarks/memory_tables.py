@@ -151,8 +151,9 @@ def interlayer(report: dict[str, Any]) -> Iterable[str]:
         f"{low:+.2f} to {high:+.2f} (bootstrap over items and seeds)."
     )
     yield ""
-    asked = "" if last["settings"]["tuning"] else f" --share {last['shares']['ours']:g}"
-    asked += " --within kind" * kinds
+    rate = last["settings"].get("rate")
+    asked = "" if last["settings"]["tuning"] and not rate else f" --share {last['shares']['ours']:g}"
+    asked += " --within kind" * kinds + f" --rate {rate}" * bool(rate)
     yield machine({**last, "command": f"python benchmarks/interlayer.py{asked}"})
 
 

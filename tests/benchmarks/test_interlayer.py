@@ -141,7 +141,9 @@ def test_another_share_can_be_tuned_to_its_best_of_two_rates(tmp_path: Path, mon
     assert lab.ran[2:] == [("ours", 1e-4, seed, 0.34) for seed in range(3)], "full fine-tuning's rate did better"
     assert set(lab.within) == {"kind"}
     report = json.loads((tmp_path / "interlayer-share-0.34-kind-tuned.json").read_text())
-    assert "(end)" not in "\n".join(interlayer_table(report)), "none is tried beyond the two"
+    table = "\n".join(interlayer_table(report))
+    assert "(end)" not in table, "none is tried beyond the two"
+    assert "--share 0.34 --within kind --rate tuned`" in table
     interlayer.main(arguments)
     assert len(lab.ran) == 5, "what is done is done"
 
