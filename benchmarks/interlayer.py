@@ -123,6 +123,9 @@ def _fresh(name: str) -> dict[str, Any]:
     return {
         "settings": settings,
         **made_by("interlayer.py", TUNING_SEED, accelerator()),
+        "rates": {},
+        "shares": {},
+        "at_the_end": {},
         "tuning": [],
         "runs": [],
     }
@@ -135,9 +138,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _with_share(tuned: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """What is known of a task before ours has run with another share than the one that was tuned."""
-    other = "ours" if options.share else "full"
+    other = "ours" if options.share and options.rate != "same" else "full"
     full = tuned["rates"]["full"]
-    between = float(f"{math.sqrt(full * tuned['rates'][other]):.3g}")
+    between = math.sqrt(full * tuned["rates"][other])
     return {
         "settings": {
             **tuned["settings"],
@@ -148,11 +151,8 @@ def _with_share(tuned: dict[str, Any], options: argparse.Namespace) -> dict[str,
             **({"within": options.within} if options.within != "model" else {}),
         },
         **made_by("interlayer.py", TUNING_SEED, accelerator()),
-        "rates": {"full": full, "ours": full if options.rate == "same" else between},
-        "at_the_end": {
-            "full": tuned["at_the_end"]["full"],
-            "ours": options.rate == "between" and tuned["at_the_end"][other],
-        },
+        "rates": {"full": full, "ours": float(f"{between:.3g}")},
+        "at_the_end": {"full": tuned["at_the_end"]["full"], "ours": tuned["at_the_end"][other]},
         "shares": {"full": 0.0, "ours": options.share},
         "tuning": [],
         # Another device rounds otherwise, and training makes much of that.
@@ -189,8 +189,6 @@ def tune(found: dict[str, Any], name: str, sides: Sequence[str], at_once: int, s
         for rate in _wanted(tried(side, share), settings["rates"], beyond)
     }:
         abreast(_run, missing, done, at_once=at_once)
-    for of in ("rates", "shares", "at_the_end"):
-        found.setdefault(of, {})
     for side in sides:
         best = _best(tried(side))
         rates = {t["rate"] for t in tried(side, best["share"])}
