@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +24,16 @@ logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
 MEASURED = Cost.numbers
 
 
+class Stopwatch:
+    """Moved on by ``sleep`` alone: what else a busy machine does takes no time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Only tests that ask for a GPU (``-m gpu``) are shown one: the others are of what every machine has."""
     if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
@@ -38,3 +49,11 @@ def _seed() -> None:
 def _unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine reading a tiny model's records may take longer than computing them: only who asks is told."""
     monkeypatch.setattr(Cost, "numbers", lambda self: None)
+
+
+@pytest.fixture
+def stopwatch(monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
+    """In the place of ``time.perf_counter``, for tests of where time goes."""
+    found = Stopwatch()
+    monkeypatch.setattr(time, "perf_counter", lambda: found.now)
+    return found

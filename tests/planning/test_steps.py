@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from frostline.recipes.schema import Recipe
 from frostline.simulator import Profile
 from frostline.simulator.model import memory_bytes, step_time
 from tests.adapters.hosts import assert_ordinary
+from tests.conftest import Stopwatch
 from tests.recipes.workbench import BLOCKS, recipe_content
 
 ROWS = 4
@@ -90,22 +90,22 @@ def test_memory_is_that_of_the_memory_model(depth: int) -> None:
     assert memory_bytes(profile(accumulates=2), depth, 16) == expected
 
 
-def test_time_goes_to_the_block_that_takes_it(workbench: Path) -> None:
+def test_time_goes_to_the_block_that_takes_it(workbench: Path, stopwatch: Stopwatch) -> None:
     recipe = Recipe.model_validate(recipe_content(workbench, training={"per_device_train_batch_size": 32}))
     trainer = build_trainer(recipe, prepare(recipe), workbench / "checkpoints")
     model: Any = trainer.model
     stack = BlockStack.find(model)
-    slow = stack.blocks[2].get_submodule("output.dense").register_forward_hook(lambda *_: time.sleep(0.05))
+    slow = stack.blocks[2].get_submodule("output.dense").register_forward_hook(lambda *_: stopwatch.sleep(0.05))
     scheduled = trainer._maybe_log_save_evaluate
-    trainer._maybe_log_save_evaluate = lambda *args, **kwargs: (time.sleep(0.02), scheduled(*args, **kwargs))  # type: ignore[method-assign]
+    trainer._maybe_log_save_evaluate = lambda *args, **kwargs: (stopwatch.sleep(0.02), scheduled(*args, **kwargs))  # type: ignore[method-assign]
     found = measure_steps(trainer, bench_of(trainer, stack), Way())
     slow.remove()
-    assert 0.02 <= found.around < 0.05, "the Trainer's own work, without that of the model"
+    assert found.around == pytest.approx(0.02), "the Trainer's own work, without that of the model"
     assert (found.rows, found.batches) == (32, 3)
-    assert min(found.passes.values()) >= 0.05
+    assert list(found.passes.values()) == pytest.approx([0.05] * len(found.passes))
     made = found.profile("tiny", without_activations(stack), Way())
-    assert [part.forward_seconds * 32 >= 0.04 for part in made.parts] == [False, False, False, True, False, False]
-    assert not any(part.backward * 32 >= 0.04 for part in made.parts)
+    assert [part.forward_seconds * 32 for part in made.parts] == pytest.approx([0, 0, 0, 0.05, 0, 0])
+    assert [part.backward for part in made.parts] == pytest.approx([0] * 6)
     assert_ordinary(model)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
