@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 import frostline
 from tests.adapters.hosts import batches, bert, trainer_for
 
-# Seconds. Ranks that come at about the same time must not miss each other on a busy machine: up to the step in which one
-# sleeps they meet in the default group as well, which waits for half an hour.
+# Seconds. Ranks that come at about the same time must not miss each other on a busy machine: up to the step in which
+# one sleeps they meet in the default group as well, which waits for half an hour.
 TIMEOUT, SLEEP = 6, 12
 TRAINER_TIMEOUT, FOR_EVER = 8, 300
 # ``sleeper`` sleeps before ``before`` in the second step: after which the first decision is due.
