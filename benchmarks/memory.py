@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py bert --rows 32 --length 128 --threads 2   # writes results/memory-bert-32x128.json
     python benchmarks/memory.py bert --part time --rows 8 --threads 2     # writes results/memory_time-bert-8x128.json
+    python benchmarks/memory.py bert --part time --rows 8 --threads 2 --modes "LoRA r=8"    # other ways than the four
     python benchmarks/memory.py bert --device cuda --autocast             # ... -gpu-bf16.json
 
 memory  Each mode in a process of its own. ``saved``: bytes that autograd keeps, storages counted once, parameters not.
@@ -21,7 +22,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Event, Lock
@@ -49,9 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("memory", "time"), default="memory")
     parser.add_argument("--rounds", type=int, default=8, help="timed rounds (default 8)")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="ways to measure (default all)")
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, help=f"ways to measure (default all; of time: {', '.join(_TIMED)})"
+    )
     arguments_of_shape(parser, rows=32, modes=MODES)
     options = parser.parse_args(arguments)
+    if options.part == "time" and (packed := [name for name in options.modes or () if MODES[name].level != "off"]):
+        parser.error(f"--part time compresses by itself: name ways without a level, not {', '.join(packed)}")
     torch.set_num_threads(options.threads)
     if options.mode:
         print(json.dumps(measure_memory(MODES[options.mode], options)[0]))
@@ -59,9 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or results_of("memory" if options.part == "memory" else "memory_time", options)
     report = {**shape_of(options), **made_by("memory.py", options.seed, options.device)}
     if options.part == "memory":
-        finish({**report, "modes": each_alone(__file__, options.modes, report, options, out)}, out)
+        finish({**report, "modes": each_alone(__file__, options.modes or list(MODES), report, options, out)}, out)
     else:
-        write({**report, "modes": measure_time(options)}, out)
+        write({**report, "modes": measure_time(options, options.modes or _TIMED)}, out)
     print(out)
     return 0
 
@@ -220,10 +225,10 @@ def _highest() -> int:
 # -- time -------------------------------------------------------------------------------------------------
 
 
-def measure_time(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_time(options: argparse.Namespace, names: Sequence[str] = _TIMED) -> list[dict[str, Any]]:
     """Seconds a step of each mode and level against the mode alone, in turn."""
     found = []
-    for base in tqdm(_TIMED, desc="modes"):
+    for base in tqdm(names, desc="modes"):
         levels = ("slimfit",) if base == "gradient checkpointing" else _TIMED_LEVELS
         trainings = {
             mode.level: build_as(mode, options)

@@ -55,8 +55,15 @@ def test_every_way_is_smaller_where_it_says_so() -> None:
     report = {"shape": "bert", "rows": 4, "length": 32, "device": "cpu", "date": "today", "command": "make"}
     table = "\n".join(memory({**report, "environment": MACHINE, "modes": list(found.values())}))
     assert "| resting 0.9 + max |" in table
-    times = measure_time(OPTIONS)
-    assert {row["mode"] for row in times} >= {"full", "resting 0.9", "half frozen"}
+    named = (
+        "full",
+        "half frozen, cached",
+        "LoRA r=8",
+        "resting 0.9, moments of active layers",
+        "gradient checkpointing",
+    )
+    times = measure_time(OPTIONS, named)
+    assert {row["mode"] for row in times} == set(named)
     assert all(row["ratio"]["pairs"] == 2 for row in times)
     assert "| full | slimfit |" in "\n".join(memory_time({**report, "environment": MACHINE, "modes": times}))
 
@@ -81,6 +88,12 @@ def test_a_run_that_was_stopped_goes_on_after_the_last_mode(tmp_path: Path, monk
     assert [name for name in ran if name != "stop"] == list(MODES)
     assert [row["mode"] for row in json.loads((tmp_path / "memory.json").read_text())["modes"]] == list(MODES)
     assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
+
+
+def test_ways_that_are_compressed_are_not_timed_against_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bert", "--part", "time", "--modes", "full", "full + max"])
+    assert "without a level, not full + max" in capsys.readouterr().err
 
 
 def test_the_fastest_way_in_each_budget() -> None:
