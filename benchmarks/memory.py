@@ -225,7 +225,7 @@ def _highest() -> int:
 # -- time -------------------------------------------------------------------------------------------------
 
 
-def measure_time(options: argparse.Namespace, names: Sequence[str] = _TIMED) -> list[dict[str, Any]]:
+def measure_time(options: argparse.Namespace, names: Sequence[str]) -> list[dict[str, Any]]:
     """Seconds a step of each mode and level against the mode alone, in turn."""
     found = []
     for base in tqdm(names, desc="modes"):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.gradients import compare
-from benchmarks.memory import main, measure_memory, measure_time
+from benchmarks.memory import main, measure_memory
 from benchmarks.memory_tables import budgets as budget_table
 from benchmarks.memory_tables import gradients, memory, memory_time
 from benchmarks.modes import MODES
@@ -55,17 +55,6 @@ def test_every_way_is_smaller_where_it_says_so() -> None:
     report = {"shape": "bert", "rows": 4, "length": 32, "device": "cpu", "date": "today", "command": "make"}
     table = "\n".join(memory({**report, "environment": MACHINE, "modes": list(found.values())}))
     assert "| resting 0.9 + max |" in table
-    named = (
-        "full",
-        "half frozen, cached",
-        "LoRA r=8",
-        "resting 0.9, moments of active layers",
-        "gradient checkpointing",
-    )
-    times = measure_time(OPTIONS, named)
-    assert {row["mode"] for row in times} == set(named)
-    assert all(row["ratio"]["pairs"] == 2 for row in times)
-    assert "| full | slimfit |" in "\n".join(memory_time({**report, "environment": MACHINE, "modes": times}))
 
 
 def test_a_run_that_was_stopped_goes_on_after_the_last_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +77,24 @@ def test_a_run_that_was_stopped_goes_on_after_the_last_mode(tmp_path: Path, monk
     assert [name for name in ran if name != "stop"] == list(MODES)
     assert [row["mode"] for row in json.loads((tmp_path / "memory.json").read_text())["modes"]] == list(MODES)
     assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
+
+
+@pytest.mark.parametrize(
+    ("named", "timed"),
+    [
+        ([], {"full", "resting 0.9", "half frozen", "gradient checkpointing"}),
+        (["--modes", "LoRA r=8", "half frozen, cached"], {"LoRA r=8", "half frozen, cached"}),
+        (["--modes", "resting 0.9, moments of active layers"], {"resting 0.9, moments of active layers"}),
+    ],
+)
+def test_four_ways_are_timed_or_those_that_are_named(tmp_path: Path, named: list[str], timed: set[str]) -> None:
+    out = tmp_path / "memory_time.json"
+    arguments = ["bert", "--part", "time", "--rows", "4", "--length", "32", "--rounds", "2", "--out", str(out)]
+    assert main([*arguments, *named]) == 0
+    report = json.loads(out.read_text())
+    assert {row["mode"] for row in report["modes"]} == timed
+    assert all(row["ratio"]["pairs"] == 2 for row in report["modes"])
+    assert all(f"| {mode} | slimfit |" in "\n".join(memory_time(report)) for mode in timed)
 
 
 def test_ways_that_are_compressed_are_not_timed_against_themselves(capsys: pytest.CaptureFixture[str]) -> None:
